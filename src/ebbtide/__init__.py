@@ -1,0 +1,115 @@
+"""Transformers pipelines for Python whose memory comes back.
+
+    with ebbtide.pipeline("feature-extraction") as embed:
+        vectors = embed("The tide goes out.")
+    # the memory is back
+
+Importing this package imports nothing else: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ebbtide import errors, memory
+    from ebbtide.errors import (
+        DeviceNotAvailableError,
+        DisposalError,
+        EbbtideError,
+        InputError,
+        LoadError,
+        MissingExtraError,
+        ModelNotFoundError,
+        NotTransferableError,
+        OptionError,
+        PipelineCancelledError,
+        PipelineDisposedError,
+        PipelineInheritedError,
+        RunError,
+        UnsupportedModelError,
+    )
+    from ebbtide.factory import apipeline, pipeline
+    from ebbtide.lifecycle import DisposalReceipt, State, dispose_all, live
+    from ebbtide.pipelines import FeatureExtractionPipeline, Pipeline, PipelineMemory
+    from ebbtide.runtime import SessionOptions
+    from ebbtide.settings import settings
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": "",
+    "memory": "",
+    "DeviceNotAvailableError": "errors",
+    "DisposalError": "errors",
+    "EbbtideError": "errors",
+    "InputError": "errors",
+    "LoadError": "errors",
+    "MissingExtraError": "errors",
+    "ModelNotFoundError": "errors",
+    "NotTransferableError": "errors",
+    "OptionError": "errors",
+    "PipelineCancelledError": "errors",
+    "PipelineDisposedError": "errors",
+    "PipelineInheritedError": "errors",
+    "RunError": "errors",
+    "UnsupportedModelError": "errors",
+    "apipeline": "factory",
+    "pipeline": "factory",
+    "DisposalReceipt": "lifecycle",
+    "State": "lifecycle",
+    "dispose_all": "lifecycle",
+    "live": "lifecycle",
+    "FeatureExtractionPipeline": "pipelines",
+    "Pipeline": "pipelines",
+    "PipelineMemory": "pipelines",
+    "SessionOptions": "runtime",
+    "settings": "settings",
+}
+"""Each public name, and the module it lives in; a name with none is a module itself."""
+
+__all__ = [
+    "DeviceNotAvailableError",
+    "DisposalError",
+    "DisposalReceipt",
+    "EbbtideError",
+    "FeatureExtractionPipeline",
+    "InputError",
+    "LoadError",
+    "MissingExtraError",
+    "ModelNotFoundError",
+    "NotTransferableError",
+    "OptionError",
+    "Pipeline",
+    "PipelineCancelledError",
+    "PipelineDisposedError",
+    "PipelineInheritedError",
+    "PipelineMemory",
+    "RunError",
+    "SessionOptions",
+    "State",
+    "UnsupportedModelError",
+    "__version__",
+    "apipeline",
+    "dispose_all",
+    "errors",
+    "live",
+    "memory",
+    "pipeline",
+    "settings",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'ebbtide' has no attribute {name!r}")
+    module = importlib.import_module(f"ebbtide.{home or name}")
+    value = getattr(module, name) if home else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,190 @@
+"""Every error Ebbtide raises on purpose, as one tree.
+
+Each message says what happened and what to do next; the values in it are attributes too, so that a
+program need not read the text. Errors of the libraries underneath are translated where they enter
+(``raise ... from``), so catching `EbbtideError` catches everything that is Ebbtide's to explain.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EbbtideError(Exception):
+    """The root of every error that Ebbtide raises on purpose."""
+
+
+class InputError(EbbtideError, ValueError):
+    """The call was wrong: a value that cannot be used, and the message says which can.
+
+    Attributes:
+        value: What was given, or None where it would be too large to keep.
+        nearest: The known name that looks most like it, or None.
+    """
+
+    def __init__(self, message: str, *, value: object = None, nearest: str | None = None) -> None:
+        super().__init__(message)
+        self.value = value
+        self.nearest = nearest
+
+
+class OptionError(EbbtideError, TypeError):
+    """An option that does not exist, or one of the wrong type.
+
+    Attributes:
+        option: The option's name as given.
+        nearest: The known option that looks most like it, or None.
+    """
+
+    def __init__(self, message: str, *, option: str, nearest: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+        self.nearest = nearest
+
+
+class ModelNotFoundError(EbbtideError, LookupError):
+    """No such model, or the model lacks a file that the task needs.
+
+    Attributes:
+        model: The model's name or folder.
+        missing: The files that were looked for and not found.
+    """
+
+    def __init__(self, message: str, *, model: str, missing: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.model = model
+        self.missing = missing
+
+
+class UnsupportedModelError(EbbtideError):
+    """The model is there and sound, but asks for something Ebbtide does not do.
+
+    Attributes:
+        model: The model's name or folder.
+    """
+
+    def __init__(self, message: str, *, model: str) -> None:
+        super().__init__(message)
+        self.model = model
+
+
+class LoadError(EbbtideError):
+    """A file of the model could not be read: damaged, truncated, or not what its name says.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class DeviceNotAvailableError(LoadError):
+    """The device exists, but not here: the message names the package or the driver that is missing.
+
+    Attributes:
+        device: The device as asked for.
+        available: The devices this installation can use.
+    """
+
+    def __init__(self, message: str, *, device: str, available: tuple[str, ...]) -> None:
+        super().__init__(message, path=device)
+        self.device = device
+        self.available = available
+
+
+class RunError(EbbtideError):
+    """The native run failed, for another reason than a cancellation."""
+
+
+class PipelineDisposedError(EbbtideError):
+    """The pipeline has been disposed, or is being disposed: make a new one.
+
+    Attributes:
+        pipeline: What the pipeline was, as its repr says it.
+    """
+
+    def __init__(self, message: str, *, pipeline: str) -> None:
+        super().__init__(message)
+        self.pipeline = pipeline
+
+
+class PipelineInheritedError(PipelineDisposedError):
+    """The pipeline was made before a fork, and this is the child: make it after the fork."""
+
+
+class PipelineCancelledError(EbbtideError):
+    """The call was cancelled while it ran, by a dispose or by the program's exit.
+
+    Attributes:
+        pipeline: What the pipeline was, as its repr says it.
+    """
+
+    def __init__(self, message: str, *, pipeline: str) -> None:
+        super().__init__(message)
+        self.pipeline = pipeline
+
+
+class NotTransferableError(EbbtideError, TypeError):
+    """A pipeline cannot be copied or pickled: it is a place in this process's memory."""
+
+
+class DisposalError(EbbtideError):
+    """Some releases failed; all of them were attempted, and the rest did succeed.
+
+    Attributes:
+        errors: One error a failed release.
+        receipt: What came back all the same.
+    """
+
+    def __init__(self, message: str, *, errors: tuple[BaseException, ...], receipt: object) -> None:
+        super().__init__(message)
+        self.errors = errors
+        self.receipt = receipt
+
+
+class MissingExtraError(EbbtideError, ImportError):
+    """A feature needs packages that are not installed: the message has the command.
+
+    Attributes:
+        extra: The extra that brings them.
+    """
+
+    def __init__(self, message: str, *, extra: str) -> None:
+        super().__init__(message)
+        self.extra = extra
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like ``name``, or None where none does.
+
+    Example:
+        >>> nearest("poolin", ["pooling", "normalize"])
+        'pooling'
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown_option(option: str, known: Iterable[str], *, where: str) -> OptionError:
+    """The error for an option nobody knows, naming the nearest one."""
+    names = sorted(known)
+    close = nearest(option, names)
+    hint = f" Did you mean {close!r}?" if close else ""
+    return OptionError(
+        f"{where} has no option {option!r}.{hint} Known options: {', '.join(names)}.",
+        option=option,
+        nearest=close,
+    )
+
+
+def unknown_value(kind: str, value: object, known: Iterable[str]) -> InputError:
+    """The error for a value outside a closed list, naming the nearest one."""
+    names = list(known)
+    close = nearest(str(value), names)
+    hint = f" Did you mean {close!r}?" if close else ""
+    return InputError(
+        f"Unknown {kind} {value!r}.{hint} Known: {', '.join(names)}.", value=value, nearest=close
+    )

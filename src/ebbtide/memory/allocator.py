@@ -1,0 +1,128 @@
+"""The C allocator of this process, and its call that gives freed memory back to the system.
+
+On glibc `malloc_trim(0)` gives back the free pages inside every arena and the top of the main
+one. It does not give back the tops of the other arenas, which are what threads allocate from:
+after native runs on sixteen threads 68 to 231 MB stayed there. A top shrinks only when a chunk of
+64 kB or more is freed in its arena while the top is larger than `M_TRIM_THRESHOLD`. So every thread
+that runs native code for Ebbtide keeps one chunk of its arena, its *ballast*, and `trim` frees these
+chunks with the threshold lowered. The thread takes a new one before its next job.
+
+Setting the threshold ends glibc's own adjusting of it, and of `M_MMAP_THRESHOLD`. Both are
+therefore left at the largest values that adjusting would have reached (64 and 32 MB), which is
+where a process that has loaded a model stands anyway. Low values give memory back by themselves, but cost: with
+thresholds of 128 kB the same batch took 800 ms in place of 385 (`benchmarks/arenas.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from ebbtide.lifecycle import forget_working_memory
+from ebbtide.settings import settings
+
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_MMAP_THRESHOLD_MAX: Final = 32 << 20
+_TRIM_THRESHOLD_MAX: Final = 64 << 20
+_PAGE: Final = 4096
+_BALLAST: Final = 100 * 1024  # above glibc's 64 kB that make a free look at the top, below any mmap
+
+_JEMALLOC_ALL_ARENAS: Final = 4096  # MALLCTL_ARENAS_ALL
+
+
+class Allocator:
+    """What is loaded as `malloc`, and how it gives memory back.
+
+    Attributes:
+        name: ``glibc``, ``jemalloc``, ``mimalloc``, ``tcmalloc``, ``macos``, ``windows`` or
+            ``other``.
+        method: The call that gives memory back, for receipts; it says so where there is none.
+    """
+
+    def __init__(self, library: ctypes.CDLL | None = None) -> None:
+        self._library = _process_library() if library is None else library
+        self.name, self.method, self._give_back = _recognise(self._library)
+        self._ballasts: dict[int, int] = {}
+        if self.name == "glibc":
+            self._library.malloc.restype = ctypes.c_void_p
+            self._library.malloc.argtypes = [ctypes.c_size_t]
+            self._library.free.restype = None
+            self._library.free.argtypes = [ctypes.c_void_p]
+
+    def trim(self) -> str:
+        """Give freed memory back to the operating system now; returns the method used."""
+        if not settings.trim:
+            return "none (settings.trim is off)"
+        if self.name == "glibc":
+            self._shrink_tops()
+        self._give_back()
+        forget_working_memory()
+        return self.method
+
+    def hold_ballast(self, thread: int) -> None:
+        """On a thread of Ebbtide's own, before a job: make its arena's top shrinkable.
+
+        Args:
+            thread: The thread's identity, the same at every call.
+        """
+        if thread in self._ballasts or self.name != "glibc" or settings.malloc != "tuned":
+            return
+        chunk = self._library.malloc(_BALLAST)
+        if chunk:
+            self._ballasts[thread] = chunk
+
+    def drop_ballast(self, thread: int) -> None:
+        """Before the thread ends: free its chunk."""
+        chunk = self._ballasts.pop(thread, None)
+        if chunk is not None:
+            self._library.free(chunk)
+
+    def _shrink_tops(self) -> None:
+        threads = tuple(self._ballasts)
+        if not threads:
+            return
+        self._library.mallopt(_M_TRIM_THRESHOLD, _PAGE)
+        for thread in threads:
+            self.drop_ballast(thread)
+        self._library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_MAX)
+        self._library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+
+
+def _process_library() -> ctypes.CDLL:
+    return ctypes.CDLL("msvcrt") if sys.platform == "win32" else ctypes.CDLL(None)
+
+
+def _recognise(library: ctypes.CDLL) -> tuple[str, str, Callable[[], None]]:
+    """Which allocator answers `malloc`: one loaded in front of libc's is seen first."""
+    if hasattr(library, "mallctl"):
+        mallctl = library.mallctl
+        purge = f"arena.{_JEMALLOC_ALL_ARENAS}.purge".encode()
+
+        def purge_jemalloc() -> None:
+            mallctl(b"thread.tcache.flush", None, None, None, 0)
+            mallctl(purge, None, None, None, 0)
+
+        return "jemalloc", "jemalloc arena.purge", purge_jemalloc
+    if hasattr(library, "mi_collect"):
+        return "mimalloc", "mi_collect", lambda: library.mi_collect(True)
+    if hasattr(library, "MallocExtension_ReleaseFreeMemory"):
+        release = library.MallocExtension_ReleaseFreeMemory
+        return "tcmalloc", "MallocExtension_ReleaseFreeMemory", lambda: release()
+    if hasattr(library, "malloc_trim") and hasattr(library, "mallopt"):
+        return "glibc", "malloc_trim", lambda: library.malloc_trim(0)
+    if sys.platform == "darwin" and hasattr(library, "malloc_zone_pressure_relief"):
+        relief = library.malloc_zone_pressure_relief
+        return (
+            "macos",
+            "malloc_zone_pressure_relief",
+            lambda: relief(ctypes.c_void_p(), ctypes.c_size_t(0)),
+        )
+    if sys.platform == "win32" and hasattr(library, "_heapmin"):
+        return "windows", "_heapmin", lambda: library._heapmin()
+    return "other", "none (this C library has no call to give memory back)", lambda: None
+
+
+allocator = Allocator()

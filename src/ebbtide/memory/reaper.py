@@ -1,0 +1,339 @@
+"""The one thread that disposes: it drains, cancels, releases, gives back, measures and tells.
+
+Users, finalizers and signal handlers only put wishes on its queue. So disposals go one after
+another, the largest first, and the allocator is trimmed once for all that were ready together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import queue
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable
+
+from ebbtide.errors import DisposalError
+from ebbtide.lifecycle import (
+    DisposalReceipt,
+    Lifecycle,
+    OneShot,
+    Remains,
+    Request,
+    State,
+    on_fork,
+    own_thread,
+    pinned,
+)
+from ebbtide.memory.allocator import allocator
+from ebbtide.memory.ledger import activity
+from ebbtide.memory.probe import anonymous_bytes
+
+GRACE = 10.0
+"""Seconds that cancelled calls get to end, before their pipeline's receipt says they have not."""
+
+TOLERANCE_BYTES = 1_000_000
+TOLERANCE_SHARE = 0.01
+"""What may stay of a pipeline and still be called given back: the larger of the two."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Draining:
+    """A pipeline whose calls are being waited for."""
+
+    deadline: float
+    collect: bool
+    cancelled: bool = False
+    drained_at: float = 0.0
+
+
+@dataclasses.dataclass(slots=True)
+class _Released:
+    """What came of releasing one pipeline's resources."""
+
+    charged: int
+    remains: list[Remains]
+    errors: list[BaseException]
+    reasons: list[str]
+
+
+class Reaper:
+    """Disposes lifecycles, one batch after another, on a thread of its own.
+
+    Args:
+        clock: Seconds, for deadlines; a test gives its own.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: no thread, no wishes."""
+        self._queue: queue.SimpleQueue[Request | Lifecycle | Callable[[], None]] = (
+            queue.SimpleQueue()
+        )
+        self._draining: dict[Lifecycle, _Draining] = {}
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Have the thread running; called before anything exists that could be disposed."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="ebbtide-reaper", daemon=True)
+            self._thread = thread
+            thread.start()
+
+    def request(self, request: Request) -> None:
+        """Take a wish; return at once. Safe in finalizers and signal handlers."""
+        self._queue.put(request)
+
+    def drained(self, lifecycle: Lifecycle) -> None:
+        """Hear that the last running call of something being disposed has ended."""
+        self._queue.put(lifecycle)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run ``function`` between two disposals, and wait for its end.
+
+        On a thread of Ebbtide's own, which must not wait for this one, it runs at once.
+        """
+        if own_thread.is_own:
+            function()
+            return
+        self.start()
+        gate = OneShot()
+
+        def run() -> None:
+            try:
+                function()
+            finally:
+                gate.open()
+
+        self._queue.put(run)
+        gate.wait()
+
+    def _run(self) -> None:
+        own_thread.is_own = True
+        while True:
+            self._step(self._patience())
+
+    def _patience(self) -> float | None:
+        """Seconds until the next deadline, or None where there is none."""
+        if not self._draining:
+            return None
+        return max(0.0, min(one.deadline for one in self._draining.values()) - self._clock())
+
+    def _step(self, patience: float | None) -> None:
+        try:
+            self._hear(self._queue.get(timeout=patience))
+            while True:
+                self._hear(self._queue.get_nowait())
+        except queue.Empty:
+            pass
+        now = self._clock()
+        for lifecycle, one in self._draining.items():
+            if now < one.deadline:
+                continue
+            if not one.cancelled:
+                one.cancelled = True
+                one.deadline = now + GRACE
+                for token in tuple(lifecycle.running):
+                    token.cancel()
+        ready = [
+            life
+            for life, one in self._draining.items()
+            if not life.running or (one.cancelled and now >= one.deadline)
+        ]
+        if ready:
+            batch = {life: self._draining.pop(life) for life in ready}
+            self._dispose(batch)
+
+    def _hear(self, message: Request | Lifecycle | Callable[[], None]) -> None:
+        if isinstance(message, Request):
+            life = message.lifecycle
+            if message.forgotten:
+                _warn_forgotten(life)
+            if life.receipt is not None:
+                return
+            known = self._draining.get(life)
+            if known is None:
+                self._draining[life] = _Draining(message.deadline, message.collect)
+            else:
+                known.collect = known.collect and message.collect
+                if not known.cancelled:
+                    known.deadline = min(known.deadline, message.deadline)
+        elif isinstance(message, Lifecycle):
+            pass  # it woke us, and is looked at with the others
+        else:
+            _guarded(message)
+
+    def _dispose(self, batch: dict[Lifecycle, _Draining]) -> None:
+        started = time.perf_counter()
+        window = activity.begin().measure()
+        order = sorted(batch, key=lambda life: life.charged, reverse=True)
+        outcome = {life: _release(life) for life in order}
+        method = allocator.trim()
+        released = window.before - anonymous_bytes()
+        retained = sum(one.charged for one in outcome.values()) - released
+        remains = [left for one in outcome.values() for left in one.remains]
+        tolerated = _tolerance(sum(one.charged for one in outcome.values()))
+        may_collect = all(one.collect for one in batch.values())
+        if may_collect and (retained > tolerated or pinned(remains)):
+            gc.collect()
+            allocator.trim()
+            method += ", gc.collect"
+        change, quiet = window.close()
+        for life, one in outcome.items():
+            alone = quiet and len(batch) == 1
+            receipt = _receipt(
+                one, -change, quiet=alone, duration=time.perf_counter() - started, method=method
+            )
+            error = None
+            if one.errors:
+                error = DisposalError(
+                    f"Disposing {life.label}: {len(one.errors)} of its releases failed, the others"
+                    f" were done. First: {one.errors[0]!r}",
+                    errors=tuple(one.errors),
+                    receipt=receipt,
+                )
+            state = State.DISPOSED if life.owner is not None else State.FAILED
+            life.finish(receipt, state=state, error=error)
+
+
+def _release(life: Lifecycle) -> _Released:
+    """Release everything one pipeline owns, whatever fails on the way."""
+    result = _Released(life.charged, [], [], [])
+    if life.running:
+        result.reasons.append(
+            f"{len(life.running)} cancelled calls had not ended after {GRACE:.0f} s;"
+            " what they hold is freed as they do"
+        )
+    shared = 0
+    while life.resources:
+        resource = life.resources.pop()
+        shared = max(shared, resource.shared_with())
+        try:
+            result.remains += resource.release()
+        except Exception as error:  # one failing release must not stop the others
+            error.__traceback__ = None
+            result.errors.append(error)
+    if shared:
+        result.reasons.append(f"shared with {shared}")
+    life.working = 0
+    return result
+
+
+def _receipt(
+    one: _Released, released: int, *, quiet: bool, duration: float, method: str
+) -> DisposalReceipt:
+    reasons = [*one.reasons, *pinned(one.remains)]
+    retained = max(0, one.charged - released)
+    sound = not one.remains and not one.errors
+    if quiet:
+        verified = sound and retained <= _tolerance(one.charged)
+        if sound and not verified:
+            reasons.append("bytes stayed in the process, but nothing native of this is alive")
+    else:
+        verified = sound
+        reasons.append("other work overlapped: verified by structure, not by the process's change")
+    return DisposalReceipt(
+        charged=one.charged,
+        released=max(0, released),
+        retained=retained,
+        quiet=quiet,
+        verified=verified,
+        duration=duration,
+        method=method,
+        reasons=tuple(reasons),
+    )
+
+
+def _tolerance(charged: int) -> int:
+    return max(TOLERANCE_BYTES, int(charged * TOLERANCE_SHARE))
+
+
+def _warn_forgotten(life: Lifecycle) -> None:
+    file, line = life.site
+    text = (
+        f"{life.label} was collected without dispose(); it was made at {file}:{line}."
+        " Use it in a `with` block, or call dispose()."
+    )
+    _guarded(lambda: warnings.warn_explicit(text, ResourceWarning, file, line))
+
+
+def _guarded(function: Callable[[], None]) -> None:
+    """Run something of a user's: what it raises is reported, and the thread goes on."""
+    try:
+        function()
+    except BaseException as error:  # a warning turned into an error, for one
+        report = types.SimpleNamespace(
+            exc_type=type(error),
+            exc_value=error,
+            exc_traceback=error.__traceback__,
+            err_msg="Exception ignored on Ebbtide's reaper thread",
+            object=None,
+        )
+        sys.unraisablehook(report)
+
+
+reaper = Reaper()
+on_fork(reaper.forget)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """What `reclaim` gave back.
+
+    Attributes:
+        before: Anonymous bytes of the process before.
+        after: Anonymous bytes after.
+        duration: Seconds.
+        method: The calls that were used.
+    """
+
+    before: int
+    after: int
+    duration: float
+    method: str
+
+    @property
+    def released(self) -> int:
+        """Bytes given back, 0 or more."""
+        return max(0, self.before - self.after)
+
+    def __str__(self) -> str:
+        return (
+            f"gave back {self.released / 1e6:.1f} MB of {self.before / 1e6:.1f} MB"
+            f" in {self.duration * 1e3:.0f} ms ({self.method})"
+        )
+
+
+def reclaim(*, collect: bool = False) -> Reclaimed:
+    """Give back to the operating system, now, what no longer holds anything.
+
+    Live pipelines stay as they are; what goes is freed memory that the allocator keeps.
+
+    Args:
+        collect: Run a full garbage collection first. It stops every thread for the time it takes.
+
+    Returns:
+        The process's anonymous bytes before and after, and how it was done.
+
+    Example:
+        >>> reclaim().released >= 0
+        True
+    """
+    found: list[Reclaimed] = []
+
+    def work() -> None:
+        started = time.perf_counter()
+        before = anonymous_bytes()
+        if collect:
+            gc.collect()
+        method = ("gc.collect, " if collect else "") + allocator.trim()
+        found.append(Reclaimed(before, anonymous_bytes(), time.perf_counter() - started, method))
+
+    reaper.call(work)
+    return found[0]

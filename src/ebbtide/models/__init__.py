@@ -1,0 +1,1 @@
+"""One model in memory: its configuration, its tokenizer, its sessions and their forward."""

@@ -1,0 +1,67 @@
+"""What a model's config.json and its neighbours say, as far as Ebbtide reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ebbtide.hub import ModelFiles
+
+_POSITIONS_AFTER_PADDING: Final = frozenset(
+    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod"}
+)
+"""Model types that number positions from ``pad_token_id + 1``, and so can use that many fewer."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A model's configuration.
+
+    Attributes:
+        model_type: As in ``bert``; empty where the file does not say.
+        positions: How many tokens the model can take, or None where nothing bounds it.
+        dtypes: What the file itself says of dtypes: one for all files, a map by file, or None.
+        devices: The same of devices.
+        external_data: Whether weights lie in files beside the graph: a yes, the number of files,
+            or a map by file name.
+        raw: The whole of config.json.
+    """
+
+    model_type: str
+    positions: int | None
+    dtypes: str | Mapping[str, str] | None
+    devices: str | Mapping[str, str] | None
+    external_data: bool | int | Mapping[str, bool | int]
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, files: ModelFiles) -> ModelConfig:
+        """Read a model's config.json.
+
+        Raises:
+            ModelNotFoundError: The model has none.
+            LoadError: It is not JSON, or not an object.
+        """
+        files.need("config.json", "it says what kind of model this is. Is this a model's folder?")
+        raw = files.json("config.json") or {}
+        hints = raw.get("transformers.js_config")
+        hints = hints if isinstance(hints, Mapping) else {}
+        return cls(
+            model_type=str(raw.get("model_type", "")),
+            positions=_positions(raw),
+            dtypes=hints.get("dtype"),
+            devices=hints.get("device"),
+            external_data=hints.get("use_external_data_format", False),
+            raw=raw,
+        )
+
+
+def _positions(raw: Mapping[str, Any]) -> int | None:
+    count = raw.get("max_position_embeddings", raw.get("n_positions"))
+    if not isinstance(count, int) or count <= 0:
+        return None
+    if raw.get("model_type") in _POSITIONS_AFTER_PADDING:
+        padding = raw.get("pad_token_id")
+        count -= (padding if isinstance(padding, int) else 1) + 1
+    return count

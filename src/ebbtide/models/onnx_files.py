@@ -1,0 +1,124 @@
+"""Which ONNX file of a model to load, for a dtype and a device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from ebbtide.errors import InputError, ModelNotFoundError
+from ebbtide.hub import ModelFiles
+from ebbtide.models.config import ModelConfig
+from ebbtide.runtime import dtypes
+
+ByFile = str | Mapping[str, str] | None
+ExternalData = bool | int | Mapping[str, bool | int] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OnnxFile:
+    """One ONNX file, chosen.
+
+    Attributes:
+        path: Where it is.
+        dtype: What it is in.
+    """
+
+    path: Path
+    dtype: str
+
+
+def choose(
+    files: ModelFiles,
+    config: ModelConfig,
+    stem: str,
+    *,
+    dtype: ByFile,
+    device: str,
+    subfolder: str,
+    external_data: ExternalData = None,
+) -> OnnxFile:
+    """The file to load.
+
+    Args:
+        files: The model.
+        config: Its configuration, which may name a dtype.
+        stem: The file's name without suffix and ending, as in ``model``.
+        dtype: The user's choice: a dtype, a map by stem, ``auto`` or None. None and ``auto`` take
+            what the config names, else the first that is there of an order by device, fp32 first.
+        device: The device's name.
+        subfolder: Where ONNX files are looked for before the model's own folder.
+        external_data: Whether weights lie in files beside it; None for what the config says.
+
+    Raises:
+        InputError: There is no such dtype, or a map names no file of this model.
+        ModelNotFoundError: The file for this dtype is not there; names the dtypes that are.
+    """
+    if isinstance(dtype, Mapping) and stem not in dtype:
+        raise InputError(
+            f"dtype is a map by file, and has none for {stem!r}: it has {', '.join(dtype)}.",
+            value=dict(dtype),
+        )
+    wanted = dtypes.check(dtypes.for_file(dtype, stem, kind="dtype") or dtypes.AUTO)
+    if wanted == dtypes.AUTO:
+        declared = dtypes.for_file(config.dtypes, stem, kind="the config's dtype")
+        wanted = dtypes.check(declared or dtypes.AUTO)
+    order = dtypes.auto_order(device) if wanted == dtypes.AUTO else (wanted,)
+    for one in order:
+        for name in _names(stem, one, subfolder):
+            path = files.find(name)
+            if path is not None:
+                _check_parts(files, path, stem, external_data, config)
+                return OnnxFile(path, one)
+    raise _missing(files, stem, order, subfolder)
+
+
+def _names(stem: str, dtype: str, subfolder: str) -> list[str]:
+    file = f"{stem}{dtypes.SUFFIXES[dtype]}.onnx"
+    return [f"{subfolder}/{file}", file] if subfolder else [file]
+
+
+def _check_parts(
+    files: ModelFiles, path: Path, stem: str, external_data: ExternalData, config: ModelConfig
+) -> None:
+    """Name a missing part of the weights before ONNX Runtime fails on it less clearly."""
+    declared = config.external_data if external_data is None else external_data
+    if isinstance(declared, Mapping):
+        declared = declared.get(path.name, declared.get(stem, False))
+    count = int(declared)
+    parts = [f"{path.name}_data" + (f"_{n}" if n else "") for n in range(count)]
+    missing = tuple(part for part in parts if not (path.parent / part).is_file())
+    if missing:
+        raise ModelNotFoundError(
+            f"Model {files.name!r}: the weights of {path} lie in files beside it, and"
+            f" {', '.join(missing)} is missing. Copy or download it to {path.parent}.",
+            model=files.name,
+            missing=missing,
+        )
+
+
+def _missing(
+    files: ModelFiles, stem: str, order: tuple[str, ...], subfolder: str
+) -> ModelNotFoundError:
+    there = [
+        dtype
+        for dtype in dtypes.SUFFIXES
+        if any(files.find(name) for name in _names(stem, dtype, subfolder))
+    ]
+    names = tuple(_names(stem, order[0], subfolder))
+    if there:
+        advice = f"It has these dtypes: {', '.join(there)}; pass one as dtype=."
+    elif files.onnx_names():
+        advice = (
+            f"Its ONNX files are {', '.join(files.onnx_names()[:6])}; pass model_file_name= or"
+            " subfolder= to use one."
+        )
+    else:
+        advice = (
+            "It has no ONNX file at all. Export it (`optimum-cli export onnx`), or take a"
+            " repository that has ONNX files."
+        )
+    looked = " nor ".join(names)
+    return ModelNotFoundError(
+        f"Model {files.name!r} has no {looked}. {advice}", model=files.name, missing=names
+    )

@@ -1,0 +1,174 @@
+"""A text encoder in memory: tokenizer, one session, and the forward from texts to arrays.
+
+One driver for every architecture: what is fed is led by what the session takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbtide import runtime
+from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
+from ebbtide.hub import ModelFiles
+from ebbtide.lifecycle import CancelToken, Lifecycle
+from ebbtide.memory.ledger import Lease, ledger
+from ebbtide.models.config import ModelConfig
+from ebbtide.models.onnx_files import ByFile, ExternalData, OnnxFile, choose
+from ebbtide.models.tokenizer import Batch, Tokenizer
+from ebbtide.runtime import Session, SessionOptions, TensorInfo, devices, dtypes
+
+_FED: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+_OUTPUTS: Final = ("last_hidden_state", "logits", "token_embeddings")
+"""The outputs that are features, in the order in which they are looked for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a user may choose of a model's load; see `ebbtide.pipeline`."""
+
+    device: ByFile = "cpu"
+    dtype: ByFile = None
+    subfolder: str = "onnx"
+    model_file_name: str | None = None
+    use_external_data_format: ExternalData = None
+    session_options: SessionOptions = dataclasses.field(default_factory=SessionOptions)
+
+
+class TextEncoder:
+    """One encoder model, as one pipeline owns it."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        session: Lease[Session],
+        dtype: str,
+        label: str,
+    ) -> None:
+        value = session.value
+        assert value is not None
+        self.name = name
+        self.config = config
+        self.tokenizer = tokenizer
+        self.device = str(value.device)
+        self.dtype = dtype
+        self._session = session
+        self._label = label
+        self._inputs = value.inputs
+        self._output = _feature_output(value.outputs, name)
+
+    @classmethod
+    def load(
+        cls, files: ModelFiles, options: LoadOptions, lifecycle: Lifecycle, token: CancelToken
+    ) -> TextEncoder:
+        """Load a model; what is loaded belongs to ``lifecycle`` at once, so that it is never lost.
+
+        Raises:
+            ModelNotFoundError: A file is missing.
+            LoadError: A file cannot be read.
+            UnsupportedModelError: The graph takes or gives something else than a text encoder does.
+            PipelineCancelledError: The token was cancelled.
+        """
+        config = ModelConfig.read(files)
+        stem = options.model_file_name or "model"
+        device = (
+            dtypes.for_file(options.device, stem, kind="device")
+            or dtypes.for_file(config.devices, stem, kind="the config's device")
+            or "cpu"
+        )
+        devices.parse(device)
+        file = choose(
+            files,
+            config,
+            stem,
+            dtype=options.dtype,
+            device=device,
+            subfolder=options.subfolder,
+            external_data=options.use_external_data_format,
+        )
+        runtime.start()
+        tokenizer = Tokenizer.load(files, config, lifecycle.label)
+        lifecycle.resources.append(tokenizer.lease)
+        token.check()
+        session = _session(file, device, options.session_options, token)
+        lifecycle.resources.append(session)
+        assert session.value is not None
+        _check_inputs(session.value.inputs, files.name)
+        return cls(
+            name=files.name,
+            config=config,
+            tokenizer=tokenizer,
+            session=session,
+            dtype=file.dtype,
+            label=lifecycle.label,
+        )
+
+    def forward(self, batch: Batch, token: CancelToken) -> NDArray[Any]:
+        """The features of a batch: float32 or what the graph gives, [texts, tokens, width].
+
+        Raises:
+            PipelineCancelledError: The token was cancelled.
+            RunError: The graph could not be run.
+        """
+        session = self._session.value
+        if session is None:
+            raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
+        feeds = {one.name: _feed(one, batch) for one in self._inputs}
+        return session.run(feeds, [self._output], token)[0]
+
+
+def _session(
+    file: OnnxFile, device: str, options: SessionOptions, token: CancelToken
+) -> Lease[Session]:
+    stat = file.path.stat()
+    identity = (
+        str(file.path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
+    )  # fmt: skip
+
+    def load() -> Session:
+        return runtime.open_session(file.path, device, options, token)
+
+    return ledger.acquire((identity, device, options), "session", load)
+
+
+def _check_inputs(inputs: Sequence[TensorInfo], model: str) -> None:
+    unknown = [one.name for one in inputs if one.name not in _FED]
+    if unknown or not any(one.name == "input_ids" for one in inputs):
+        takes = ", ".join(one.name for one in inputs)
+        raise UnsupportedModelError(
+            f"The graph of model {model!r} is no text encoder: it takes {takes}, and a text"
+            f" encoder takes input_ids and at most {', '.join(sorted(_FED - {'input_ids'}))}.",
+            model=model,
+        )
+
+
+def _feature_output(outputs: Sequence[TensorInfo], model: str) -> str:
+    names = {one.name for one in outputs}
+    for name in _OUTPUTS:
+        if name in names:
+            return name
+    raise UnsupportedModelError(
+        f"The graph of model {model!r} gives {', '.join(sorted(names))}, and none of"
+        f" {', '.join(_OUTPUTS)}: export it for feature extraction.",
+        model=model,
+    )
+
+
+def _feed(info: TensorInfo, batch: Batch) -> NDArray[Any]:
+    array: NDArray[np.int64]
+    if info.name == "input_ids":
+        array = batch.input_ids
+    elif info.name == "attention_mask":
+        array = batch.attention_mask
+    elif info.name == "token_type_ids":
+        array = batch.token_type_ids
+    else:
+        array = np.maximum(np.cumsum(batch.attention_mask, axis=1) - 1, 0)
+    return array.astype(info.dtype, copy=False)

@@ -1,0 +1,226 @@
+"""feature-extraction: text to vectors, one a token or one a text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from typing import Any, ClassVar, Final, Literal, Never, get_args, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbtide.errors import InputError, OptionError, unknown_value
+from ebbtide.lifecycle import CancelToken, Lifecycle
+from ebbtide.models.sentence import SentenceRecipe
+from ebbtide.models.text_encoder import TextEncoder
+from ebbtide.models.tokenizer import Batch
+from ebbtide.pipelines import pooling as pool
+from ebbtide.pipelines.base import Pipeline, astream, stream
+from ebbtide.runtime import Job
+
+Pooling = Literal[
+    "auto", "none", "mean", "cls", "first_token", "eos", "last_token", "max", "mean_sqrt_len",
+    "weighted_mean",
+]  # fmt: skip
+Precision = Literal["binary", "ubinary"]
+Vectors = NDArray[Any]
+
+_OPTIONS: Final = ("pooling", "normalize", "quantize", "precision", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Options:
+    """One call's options, checked and settled."""
+
+    poolings: tuple[str, ...]
+    normalize: bool
+    precision: Precision | None
+    batch_size: int
+    limit: int | None
+
+
+class FeatureExtractionPipeline(Pipeline):
+    """Text to vectors.
+
+    Example:
+        >>> import ebbtide
+        >>> with ebbtide.pipeline("feature-extraction", "tests/models/tiny-bert") as embed:
+        ...     embed(["the sea", "a much longer sentence"], pooling="mean").shape
+        (2, 32)
+    """
+
+    task: ClassVar[str] = "feature-extraction"
+
+    def __init__(
+        self, lifecycle: Lifecycle, model: TextEncoder, recipe: SentenceRecipe | None = None
+    ) -> None:
+        super().__init__(lifecycle, model)
+        self._recipe = recipe
+
+    @overload
+    def __call__(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        pooling: Pooling = ...,
+        normalize: bool | None = ...,
+        quantize: bool = ...,
+        precision: Precision = ...,
+        batch_size: int = ...,
+    ) -> Vectors: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs: Iterator[str],
+        *,
+        pooling: Pooling = ...,
+        normalize: bool | None = ...,
+        quantize: bool = ...,
+        precision: Precision = ...,
+        batch_size: int = ...,
+    ) -> Iterator[Vectors]: ...
+
+    def __call__(
+        self,
+        inputs: str | Sequence[str] | Iterator[str],
+        *,
+        pooling: Pooling = "auto",
+        normalize: bool | None = None,
+        quantize: bool = False,
+        precision: Precision = "binary",
+        batch_size: int = 32,
+        **unknown: Never,
+    ) -> Vectors | Iterator[Vectors]:
+        """Compute the vectors of texts.
+
+        Args:
+            inputs: One text, a list of texts, or an iterator of texts.
+            pooling: How a text's token vectors become one. ``none`` leaves one a token. ``auto``
+                does what the model says of itself (sentence-transformers' ``modules.json``: the
+                pooling, the normalising, and how many tokens are read); ``none`` where it says
+                nothing. ``cls`` and ``first_token`` are one, so are ``eos`` and ``last_token``.
+            normalize: Scale each vector to length 1. None: what ``auto`` says, else no.
+            quantize: Give one bit a width in place of a float.
+            precision: Those bits as ``binary`` (int8) or ``ubinary`` (uint8) bytes.
+            batch_size: How many texts of a list run at once.
+
+        Returns:
+            One array: [texts, width], or [texts, tokens, width] without pooling, in the graph's
+            float type; one text counts as a list of one. Padding rows are what the graph gives
+            there. With ``quantize`` the last axis is an eighth. For an iterator: an iterator of
+            what each text alone gives.
+
+        Raises:
+            InputError: The input or an option's value cannot be used.
+            OptionError: There is no such option.
+            PipelineDisposedError: The pipeline is disposed.
+            PipelineCancelledError: A dispose cancelled this call.
+        """
+        self._unknown(unknown, _OPTIONS)
+        options = self._options(pooling, normalize, quantize, precision, batch_size)
+        if isinstance(inputs, Iterator):
+            return stream(inputs, lambda text: self._vectors(_texts(text), options).wait())
+        return self._vectors(_texts(inputs), options).wait()
+
+    async def acall(
+        self,
+        inputs: str | Sequence[str] | Iterator[str] | AsyncIterable[str],
+        *,
+        pooling: Pooling = "auto",
+        normalize: bool | None = None,
+        quantize: bool = False,
+        precision: Precision = "binary",
+        batch_size: int = 32,
+        **unknown: Never,
+    ) -> Vectors | AsyncIterator[Vectors]:
+        """The same as calling, without blocking the event loop.
+
+        Cancelling the task stops the native run, waits for its end, and then raises. For an
+        iterator, sync or async, an async iterator comes back.
+        """
+        self._unknown(unknown, _OPTIONS)
+        options = self._options(pooling, normalize, quantize, precision, batch_size)
+        if isinstance(inputs, Iterator | AsyncIterable):
+            return astream(inputs, lambda text: self._vectors(_texts(text), options).result())
+        return await self._vectors(_texts(inputs), options).result()
+
+    def _options(
+        self,
+        pooling: str,
+        normalize: bool | None,
+        quantize: bool,
+        precision: str,
+        batch_size: int,
+    ) -> _Options:
+        if pooling not in get_args(Pooling):
+            raise unknown_value("pooling", pooling, get_args(Pooling))
+        if precision not in get_args(Precision):
+            raise unknown_value("precision", precision, get_args(Precision))
+        for name, value in (("quantize", quantize), ("normalize", normalize)):
+            if not isinstance(value, bool) and not (value is None and name == "normalize"):
+                raise OptionError(f"{name} takes True or False, not {value!r}.", option=name)
+        if type(batch_size) is not int or batch_size < 1:
+            raise InputError(
+                f"batch_size takes a whole number from 1, not {batch_size!r}.", value=batch_size
+            )
+        recipe = SentenceRecipe((pooling,), normalize=False, limit=None)
+        if pooling == "auto":
+            nothing = SentenceRecipe(("none",), normalize=False, limit=None)
+            recipe = self._recipe.check(self.model) if self._recipe else nothing
+        return _Options(
+            poolings=recipe.poolings,
+            normalize=recipe.normalize if normalize is None else normalize,
+            precision=precision if quantize else None,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            limit=recipe.limit,
+        )
+
+    def _vectors(self, texts: list[str], options: _Options) -> Job[Vectors]:
+        return self._submit(lambda token: self._compute(texts, options, token))
+
+    def _compute(self, texts: list[str], options: _Options, token: CancelToken) -> Vectors:
+        whole = self._model.tokenizer.batch(texts, limit=options.limit)
+        by_token = options.poolings == ("none",)
+        parts = []
+        for start in range(0, len(texts), options.batch_size):
+            token.check()
+            batch = whole.rows(start, start + options.batch_size, keep_width=by_token)
+            parts.append(self._forward(batch, options, token))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _forward(self, batch: Batch, options: _Options, token: CancelToken) -> Vectors:
+        vectors: Vectors = self._measured(
+            batch.input_ids.size, lambda: self._model.forward(batch, token)
+        )
+        if options.poolings != ("none",):
+            pooled = [pool.POOLINGS[one](vectors, batch.attention_mask) for one in options.poolings]
+            vectors = pooled[0] if len(pooled) == 1 else np.concatenate(pooled, axis=-1)
+        if options.normalize:
+            vectors = pool.normalize(vectors)
+        if options.precision is None:
+            return vectors
+        if vectors.shape[-1] % 8:
+            raise InputError(
+                f"quantize packs 8 widths to a byte, and this model has {vectors.shape[-1]}.",
+                value=vectors.shape[-1],
+            )
+        return pool.binary(vectors) if options.precision == "binary" else pool.ubinary(vectors)
+
+
+def _texts(inputs: object) -> list[str]:
+    if isinstance(inputs, str):
+        return [inputs]
+    if isinstance(inputs, bytes | bytearray | memoryview):
+        raise InputError("A text is needed, and this is bytes: decode them first.")
+    if isinstance(inputs, Sequence) or (isinstance(inputs, np.ndarray) and inputs.ndim == 1):
+        texts = list(inputs)
+        if not texts:
+            raise InputError("There is no text in an empty list: pass at least one.")
+        for index, one in enumerate(texts):
+            if not isinstance(one, str):
+                raise InputError(f"Input {index} is no text: {type(one).__name__}.", value=index)
+        return [str(one) for one in texts]
+    raise InputError(
+        f"A text, a list of texts or an iterator of texts is needed, not {type(inputs).__name__}."
+    )

@@ -1,0 +1,360 @@
+"""One graph in memory: what the rest of Ebbtide sees of it, and ONNX Runtime behind it.
+
+Nothing of ONNX Runtime leaves this file. One of its `NodeArg`, `ModelMetadata` or `IOBinding`
+objects in anybody's hands keeps a whole session alive, so names, types and shapes are copied out
+once, and the native session has one owner.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import logging
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+from ebbtide.errors import (
+    DeviceNotAvailableError,
+    InputError,
+    LoadError,
+    OptionError,
+    PipelineDisposedError,
+    RunError,
+    unknown_option,
+)
+from ebbtide.lifecycle import CancelToken, Remains
+from ebbtide.memory.pins import leak, let_go
+from ebbtide.runtime import devices
+from ebbtide.runtime.threads import cpu_count
+from ebbtide.settings import settings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+log = logging.getLogger("ebbtide.runtime")
+
+GraphOptimization = Literal["none", "basic", "extended", "all"]
+
+_SMALLEST_MODEL: Final = base64.b64decode(
+    "CAgSADpTChEKAXgKAXcSAXkiBk1hdE11bBIBZyoPCAEIARABIgQAAIA/QgF3WhQKAXgSDwoNCAESCQoDEgFuCgIIAWIU"
+    "CgF5Eg8KDQgBEgkKAxIBbgoCCAFCBAoAEBE="
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One input or output of a graph.
+
+    Attributes:
+        name: Its name in the graph.
+        dtype: The numpy name of its element type, as in ``int64``.
+        shape: Its dimensions: a number, a symbol's name, or None where the graph says nothing.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+class Session(Protocol):
+    """One graph, ready to run."""
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """What it takes."""
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """What it gives."""
+
+    @property
+    def device(self) -> devices.Device:
+        """Where it runs."""
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], token: CancelToken
+    ) -> list[Array]:
+        """Run it once.
+
+        Args:
+            feeds: One array an input.
+            outputs: The names of the outputs to compute.
+            token: Stops the run from another thread.
+
+        Returns:
+            One array an output, in the order of ``outputs``.
+
+        Raises:
+            PipelineCancelledError: The token was cancelled.
+            RunError: The graph could not be run on these feeds.
+        """
+
+    def close(self) -> Sequence[Remains]:
+        """Free it."""
+
+    def leak(self) -> None:
+        """After a fork, in the child: make sure it is never freed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How ONNX Runtime is to run a graph. Equal options share a session; others do not.
+
+    Attributes:
+        threads: Threads one run may use; None for `settings.threads`, or the CPUs there are.
+        optimization: How far the graph is rewritten when it is loaded.
+        arena: Whether ONNX Runtime keeps freed working memory for the next run. Off, it costs an
+            encoder no time that could be measured, and what a run took is free after it.
+        entries: Further session configuration entries, as ONNX Runtime names them.
+    """
+
+    threads: int | None = None
+    optimization: GraphOptimization = "all"
+    arena: bool = False
+    entries: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, given: SessionOptions | Mapping[str, object] | None) -> SessionOptions:
+        """The options from what a user gave: an object of this class, or a map of its attributes.
+
+        Raises:
+            OptionError: There is no such option, or it is of the wrong type.
+
+        Example:
+            >>> SessionOptions.of({"threads": 1}).threads
+            1
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, SessionOptions):
+            return given
+        if not isinstance(given, Mapping):
+            raise OptionError(
+                f"session_options takes a SessionOptions or a dict, not {type(given).__name__}.",
+                option="session_options",
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in given:
+            if name not in known:
+                raise unknown_option(str(name), known, where="session_options")
+        values: dict[str, Any] = dict(given)
+        entries = values.get("entries", ())
+        if isinstance(entries, Mapping):
+            values["entries"] = tuple(sorted((str(k), str(v)) for k, v in entries.items()))
+        return cls(**values)._checked()
+
+    def _checked(self) -> SessionOptions:
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise InputError(
+                f"session_options threads takes a whole number from 1, not {self.threads!r}.",
+                value=self.threads,
+            )
+        if self.optimization not in _OPTIMIZATION:
+            raise InputError(
+                f"session_options optimization takes one of {', '.join(_OPTIMIZATION)},"
+                f" not {self.optimization!r}.",
+                value=self.optimization,
+            )
+        return self
+
+
+_OPTIMIZATION: Final[Mapping[str, str]] = types.MappingProxyType(
+    {
+        "none": "ORT_DISABLE_ALL",
+        "basic": "ORT_ENABLE_BASIC",
+        "extended": "ORT_ENABLE_EXTENDED",
+        "all": "ORT_ENABLE_ALL",
+    }
+)
+
+_NUMPY_NAMES: Final[Mapping[str, str]] = types.MappingProxyType(
+    {"float": "float32", "double": "float64"}
+)
+
+
+@functools.cache
+def _onnxruntime() -> Any:
+    """The library, started: its first session takes memory once that no disposal can return.
+
+    A model of a few bytes is loaded and run here, so that this start-up (some 20 MB with the
+    import) is over before the first pipeline's load is measured.
+    """
+    import numpy as np
+    import onnxruntime
+
+    options = _native_options(onnxruntime, SessionOptions(threads=1))
+    session = onnxruntime.InferenceSession(
+        _SMALLEST_MODEL, options, providers=["CPUExecutionProvider"]
+    )
+    session.run(None, {"x": np.ones((1, 1), np.float32)})
+    session.__dict__.clear()
+    return onnxruntime
+
+
+def start() -> None:
+    """Have ONNX Runtime imported and started."""
+    _onnxruntime()
+
+
+def providers() -> list[str]:
+    """The execution providers that the installed ONNX Runtime was built with."""
+    return list(_onnxruntime().get_available_providers())
+
+
+def version() -> str:
+    """The installed ONNX Runtime's version."""
+    return str(_onnxruntime().__version__)
+
+
+def _native_options(onnxruntime: Any, options: SessionOptions) -> Any:
+    native = onnxruntime.SessionOptions()
+    native.log_severity_level = 4  # what goes wrong is raised, and not printed as well
+    native.intra_op_num_threads = options.threads or settings.threads or cpu_count()
+    native.inter_op_num_threads = 1
+    native.enable_cpu_mem_arena = options.arena
+    native.enable_mem_pattern = options.arena
+    level = _OPTIMIZATION[options.optimization]
+    native.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    for key, value in options.entries:
+        native.add_session_config_entry(key, value)
+    return native
+
+
+def open_session(
+    path: Path, device: str, options: SessionOptions, token: CancelToken
+) -> OnnxSession:
+    """Load a graph from a file.
+
+    Args:
+        path: The ONNX file; external data is found beside it.
+        device: Where to run it, as the user names it.
+        options: How to run it.
+        token: Stops the load from another thread.
+
+    Raises:
+        LoadError: The file is not a graph that ONNX Runtime can load.
+        DeviceNotAvailableError: The device cannot be used here.
+        PipelineCancelledError: The token was cancelled.
+    """
+    here = providers()
+    choices = devices.candidates(device, here)
+    for choice in choices[:-1]:
+        try:
+            return _open_on(path, choice, options, token)
+        except DeviceNotAvailableError as error:
+            log.info("device 'auto': %s", error)
+    return _open_on(path, choices[-1], options, token)
+
+
+def _open_on(
+    path: Path, device: devices.Device, options: SessionOptions, token: CancelToken
+) -> OnnxSession:
+    onnxruntime = _onnxruntime()
+    if not path.is_file():
+        raise LoadError(f"There is no file {path}.", path=str(path))
+    native_options = _native_options(onnxruntime, options)
+    chosen: list[Any] = ["CPUExecutionProvider"]
+    if device.name != "cpu":
+        provider_options = {} if device.name == "coreml" else {"device_id": str(device.index)}
+        chosen.insert(0, (device.provider, provider_options))
+
+    def stop() -> None:
+        native_options.set_load_cancellation_flag(True)
+
+    token.attach(stop)
+    try:
+        native = onnxruntime.InferenceSession(
+            str(path), native_options, providers=chosen, enable_fallback=0
+        )
+    except Exception as error:
+        token.check()
+        text = _first_line(error)
+        if device.name != "cpu" and device.provider in text:
+            raise devices.unavailable(device, devices.available(providers()), text) from None
+        raise LoadError(
+            f"ONNX Runtime could not load {path}: {text}"
+            " The file may be damaged or incomplete: compare its size and hash with its source.",
+            path=str(path),
+        ) from None
+    finally:
+        token.detach(stop)
+    if device.provider not in native.get_providers():
+        native.__dict__.clear()
+        raise devices.unavailable(
+            device,
+            devices.available(providers()),
+            "ONNX Runtime could not start it (its libraries or its driver are missing)",
+        )
+    return OnnxSession(native, path, device)
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else f"{line}."
+
+
+class OnnxSession:
+    """A `Session` in ONNX Runtime; made by `open_session`."""
+
+    def __init__(self, native: Any, path: Path, device: devices.Device) -> None:
+        self._native: Any = native
+        self._path = path
+        self._run_options = _onnxruntime().RunOptions
+        self.device = device
+        self.inputs = tuple(_describe(one) for one in native.get_inputs())
+        self.outputs = tuple(_describe(one) for one in native.get_outputs())
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str], token: CancelToken
+    ) -> list[Array]:
+        """Run it once; see `Session.run`."""
+        options = self._run_options()
+        options.log_severity_level = 4
+
+        def stop() -> None:
+            options.terminate = True
+
+        token.attach(stop)
+        try:
+            # Not kept in a local: a traceback's frame would pin the session.
+            found: list[Array] = self._native.run(outputs, feeds, options)
+        except Exception as error:
+            # ONNX Runtime raises a plain Fail for a terminated run: our own flag decides.
+            token.check()
+            if self._native is None:
+                raise PipelineDisposedError(
+                    f"The session of {token.label} was disposed during the call.",
+                    pipeline=token.label,
+                ) from None
+            raise RunError(f"{token.label}: the run failed: {_first_line(error)}") from None
+        finally:
+            token.detach(stop)
+        return found
+
+    def close(self) -> Sequence[Remains]:
+        """Free it; what is still referenced by somebody comes back."""
+        native, self._native = self._native, None
+        if native is None:
+            return ()
+        core = native.__dict__.pop("_sess", None)
+        native.__dict__.clear()  # an alias of the session that somebody kept holds nothing now
+        box = [core]
+        del core
+        return let_go(box, f"the native session of {self._path.name}")
+
+    def leak(self) -> None:
+        """In a forked child: never free it, for that waits for threads which are not here."""
+        leak(getattr(self._native, "_sess", None))
+
+
+def _describe(node: Any) -> TensorInfo:
+    inner = str(node.type).partition("(")[2].rstrip(")")
+    shape = tuple(
+        one if isinstance(one, int) else None if one is None else str(one) for one in node.shape
+    )
+    return TensorInfo(str(node.name), _NUMPY_NAMES.get(inner, inner), shape)
