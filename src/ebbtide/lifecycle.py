@@ -220,7 +220,6 @@ class Lifecycle:
 
     Attributes:
         working: Bytes that its calls added to the process and that are not given back yet.
-        largest: The size of the largest call those bytes were measured over.
     """
 
     __slots__ = (
@@ -229,7 +228,6 @@ class Lifecycle:
         "disposer",
         "error",
         "label",
-        "largest",
         "owner",
         "receipt",
         "resources",
@@ -247,7 +245,6 @@ class Lifecycle:
         self.resources: list[Releasable] = []
         self.running: dict[CancelToken, None] = {}
         self.working = 0
-        self.largest = 0
         self.receipt: DisposalReceipt | None = None
         self.error: DisposalError | None = None
         self.owner: weakref.ref[Disposable] | None = None
@@ -532,7 +529,6 @@ def forget_working_memory() -> None:
     """Freed memory went back to the system: no pipeline's calls are charged for it any more."""
     for lifecycle in tuple(_live.values()):
         lifecycle.working = 0
-        lifecycle.largest = 0
 
 
 def live() -> list[Disposable]:

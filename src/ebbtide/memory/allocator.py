@@ -3,14 +3,15 @@
 On glibc `malloc_trim(0)` gives back the free pages inside every arena and the top of the main
 one. It does not give back the tops of the other arenas, which are what threads allocate from:
 after native runs on sixteen threads 68 to 231 MB stayed there. A top shrinks only when a chunk of
-64 kB or more is freed in its arena while the top is larger than `M_TRIM_THRESHOLD`. So every thread
-that runs native code for Ebbtide keeps one chunk of its arena, its *ballast*, and `trim` frees these
-chunks with the threshold lowered. The thread takes a new one before its next job.
+64 kB or more is freed in its arena while the top is larger than `M_TRIM_THRESHOLD`. So every
+thread that runs native code for Ebbtide keeps one chunk of its arena, its *ballast*, and `trim`
+frees these chunks with the threshold lowered. The thread takes a new one before its next job.
 
 Setting the threshold ends glibc's own adjusting of it, and of `M_MMAP_THRESHOLD`. Both are
 therefore left at the largest values that adjusting would have reached (64 and 32 MB), which is
-where a process that has loaded a model stands anyway. Low values give memory back by themselves, but cost: with
-thresholds of 128 kB the same batch took 800 ms in place of 385 (`benchmarks/arenas.py`).
+where a process that has loaded a model stands anyway. Low values give memory back by themselves,
+but cost: with thresholds of 128 kB the same batch took 800 ms in place of 385
+(`benchmarks/arenas.py`).
 """
 
 from __future__ import annotations

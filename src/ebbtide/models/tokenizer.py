@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, Final
 
 import numpy as np
@@ -206,6 +207,7 @@ class Tokenizer:
             "it is needed to tokenise text. Where a model has only a vocabulary file,"
             " `AutoTokenizer.from_pretrained(...).save_pretrained(...)` of transformers writes it.",
         )
+        import_module("tokenizers")  # before its load is measured, once a process
         content = path.read_bytes()
         rules = _Rules.read(files, config)
         key = (hashlib.sha256(content).digest(), rules)

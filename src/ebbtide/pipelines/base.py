@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
+from numpy.typing import NDArray
+
 from ebbtide.errors import unknown_option
 from ebbtide.lifecycle import CancelToken, Disposable, Lifecycle, State
 from ebbtide.memory.ledger import Holding, Lease, activity
@@ -13,6 +15,7 @@ from ebbtide.models.text_encoder import TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.runtime import Job, native_threads
 
+Array = NDArray[Any]
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
 
@@ -106,7 +109,7 @@ class Pipeline(Disposable):
             about += f" on {self.device} in {self.dtype}, {size:.1f} MB"
         return f"<{about}>"
 
-    def _submit(self, work: Callable[[CancelToken], ResultT]) -> Job[ResultT]:
+    def _submit(self, work: Callable[[CancelToken], Array]) -> Job[Array]:
         """Let one call in, and hand its work to a native thread."""
         lifecycle = self._lifecycle
         token = CancelToken(lifecycle.label)
@@ -116,40 +119,30 @@ class Pipeline(Disposable):
 
         try:
             lifecycle.enter(token)
-            return native_threads.submit(lambda: work(token), token, leave)
+            return native_threads.submit(lambda: _charged(work, token, lifecycle), token, leave)
         except BaseException:
             leave()
             raise
 
-    def _measured(self, size: int, run: Callable[[], ResultT]) -> ResultT:
-        """Run, and charge this pipeline for what the run adds to the process.
-
-        Only a run larger than those before it is measured, since the others fit in what those left.
-
-        Args:
-            size: How large the run is: texts times tokens.
-            run: The run.
-        """
-        lifecycle = self._lifecycle
-        window = activity.begin()
-        if size <= lifecycle.largest:
-            try:
-                return run()
-            finally:
-                activity.end(window)
-        window.measure()
-        change, quiet = 0, False
-        try:
-            return run()
-        finally:
-            change, quiet = window.close()
-            if quiet:
-                lifecycle.largest = size
-                lifecycle.working += max(0, change)
-
     def _unknown(self, options: dict[str, Any], known: tuple[str, ...]) -> None:
         for option in options:
             raise unknown_option(option, known, where=self._lifecycle.label)
+
+
+def _charged(
+    work: Callable[[CancelToken], Array], token: CancelToken, lifecycle: Lifecycle
+) -> Array:
+    """Run a call, and charge its pipeline for what it adds to the process (two reads of 8 us)."""
+    window = activity.begin().measure()
+    size = 0
+    try:
+        result = work(token)
+        size = result.nbytes  # the result is the caller's
+        return result
+    finally:
+        change, quiet = window.close()
+        if quiet:
+            lifecycle.working = max(0, lifecycle.working + change - size)
 
 
 def stream(inputs: Iterator[ItemT], call: Callable[[ItemT], ResultT]) -> Iterator[ResultT]:

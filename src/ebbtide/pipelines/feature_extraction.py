@@ -190,9 +190,7 @@ class FeatureExtractionPipeline(Pipeline):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _forward(self, batch: Batch, options: _Options, token: CancelToken) -> Vectors:
-        vectors: Vectors = self._measured(
-            batch.input_ids.size, lambda: self._model.forward(batch, token)
-        )
+        vectors = self._model.forward(batch, token)
         if options.poolings != ("none",):
             pooled = [pool.POOLINGS[one](vectors, batch.attention_mask) for one in options.poolings]
             vectors = pooled[0] if len(pooled) == 1 else np.concatenate(pooled, axis=-1)
