@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ebbtide.lifecycle import DisposalReceipt, State, dispose_all, live
     from ebbtide.pipelines import FeatureExtractionPipeline, Pipeline, PipelineMemory
     from ebbtide.runtime import SessionOptions
-    from ebbtide.settings import settings
+    from ebbtide._settings import settings
 
 __version__ = "0.1.0"
 
@@ -65,7 +65,7 @@ _HOMES = {
     "Pipeline": "pipelines",
     "PipelineMemory": "pipelines",
     "SessionOptions": "runtime",
-    "settings": "settings",
+    "settings": "_settings",
 }
 """Each public name, and the module it lives in; a name with none is a module itself."""
 

@@ -16,7 +16,7 @@ from ebbtide.models.sentence import read_recipe
 from ebbtide.models.text_encoder import LoadOptions, TextEncoder
 from ebbtide.pipelines import FeatureExtractionPipeline, find
 from ebbtide.runtime import Job, SessionOptions, native_threads
-from ebbtide.settings import settings
+from ebbtide._settings import settings
 
 _OPTIONS: Final = (
     "device", "dtype", "subfolder", "model_file_name", "use_external_data_format",

@@ -36,7 +36,7 @@ from ebbtide.errors import (
     PipelineDisposedError,
     PipelineInheritedError,
 )
-from ebbtide.settings import settings
+from ebbtide._settings import settings
 
 
 class State(enum.Enum):

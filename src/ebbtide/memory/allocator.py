@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ebbtide.lifecycle import forget_working_memory
-from ebbtide.settings import settings
+from ebbtide._settings import settings
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3

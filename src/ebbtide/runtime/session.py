@@ -29,7 +29,7 @@ from ebbtide.lifecycle import CancelToken, Remains
 from ebbtide.memory.pins import leak, let_go
 from ebbtide.runtime import devices
 from ebbtide.runtime.threads import cpu_count
-from ebbtide.settings import settings
+from ebbtide._settings import settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

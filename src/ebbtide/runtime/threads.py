@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 from ebbtide.lifecycle import CancelToken, OneShot, finished, on_fork, own_thread
 from ebbtide.memory import cgroup
 from ebbtide.memory.allocator import allocator
-from ebbtide.settings import settings
+from ebbtide._settings import settings
 
 ResultT = TypeVar("ResultT")
 

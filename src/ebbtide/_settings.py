@@ -1,5 +1,8 @@
 """The settings of this process: one typed object, its starting values read from ``EBBTIDE_*``.
 
+The module has an underscore because the object has the name: importing a module `ebbtide.settings`
+would put the module where users find the object.
+
 Reading the environment happens once, when `settings` is first touched; `import ebbtide` alone reads
 nothing. A value set from Python wins, and holds for what is loaded after it was set.
 """
