@@ -8,9 +8,11 @@ once, and the native session has one owner.
 from __future__ import annotations
 
 import base64
+import ctypes
 import dataclasses
 import functools
 import logging
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from ebbtide.errors import (
     RunError,
     unknown_option,
 )
-from ebbtide.lifecycle import CancelToken, Remains
+from ebbtide.lifecycle import CancelToken, Remains, on_fork
 from ebbtide.memory.pins import leak, let_go
 from ebbtide.runtime import devices
 from ebbtide.runtime.threads import cpu_count
@@ -194,6 +196,25 @@ def _onnxruntime() -> Any:
     session.run(None, {"x": np.ones((1, 1), np.float32)})
     session.__dict__.clear()
     return onnxruntime
+
+
+def _end_child_early() -> None:
+    """In a forked child: have its exit skip ONNX Runtime's static destructors.
+
+    ONNX Runtime starts threads when it is imported. A forked child does not have them, and waits
+    for them for ever when it exits (`import onnxruntime`, `os.fork()`, `sys.exit()` hangs). Of
+    what runs after Python's own end, last registered first, these two come first: C's streams are
+    written out, and the process ends with the status that it was about to end with.
+    """
+    if "onnxruntime" not in sys.modules:
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "on_exit"):  # glibc; elsewhere there is nothing that knows the status
+        library.on_exit(library._exit, None)
+        library.on_exit(library.fcloseall, None)
+
+
+on_fork(_end_child_early)
 
 
 def start() -> None:
