@@ -18,6 +18,8 @@ from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.memory.pins import leak, let_go
 from ebbtide.models.config import ModelConfig
 
+Row = NDArray[np.int64]
+
 _NO_LIMIT: Final = 10**9
 """Repositories write absurd numbers, such as 1e30, for "no limit"."""
 
@@ -235,7 +237,8 @@ class Tokenizer:
             InputError: The text is too long for what can be cut, or is no valid Unicode.
             PipelineDisposedError: The pipeline is disposed.
         """
-        return [int(one) for one in self._encoded(text, limit)[0]]
+        ids: list[int] = self._encoded(text, limit)[0].tolist()
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of these token ids.
@@ -267,15 +270,16 @@ class Tokenizer:
             types[row, span] = type_ids
         return Batch(input_ids, mask, types)
 
-    def _encoded(self, text: str, limit: int | None) -> tuple[list[int], list[int]]:
+    def _encoded(self, text: str, limit: int | None) -> tuple[Row, Row]:
         native = self._native()
         encoding = native.encode(text)
-        ids: list[int] = encoding.ids
-        type_ids: list[int] = encoding.type_ids
+        # As arrays at once: a batch's ids as Python numbers would leave megabytes in their heap.
+        ids = np.array(encoding.ids, np.int64)
+        type_ids = np.array(encoding.type_ids, np.int64)
         if limit is None or len(ids) <= limit:
             return ids, type_ids
         kept = _kept(encoding.special_tokens_mask, limit, native.rules.cut_left)
-        return [ids[n] for n in kept], [type_ids[n] for n in kept]
+        return ids[kept], type_ids[kept]
 
     def _native(self) -> NativeTokenizer:
         native = self._lease.value

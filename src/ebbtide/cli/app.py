@@ -1,0 +1,147 @@
+"""The commands and their options; what each does lies in a module of its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from ebbtide.cli.ending import told
+
+
+class _Commands(typer.core.TyperGroup):
+    """Every command ends the same way; see `ebbtide.cli.ending`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with told():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Transformers pipelines whose memory comes back.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
+def start(arguments: list[str]) -> int:
+    """Run the command with these arguments; returns its exit code."""
+    literal: list[str] = []
+    if arguments[:1] == ["run"] and "--" in arguments:
+        end = arguments.index("--")
+        arguments, literal = arguments[:end], arguments[end + 1 :]
+    _log_plainly()
+    try:
+        app(arguments, prog_name="ebbtide", obj=literal)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    return 0
+
+
+def _log_plainly() -> None:
+    """Have Ebbtide's warnings on standard error, in the form its errors have there."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("ebbtide: %(message)s"))
+    logging.getLogger("ebbtide").addHandler(handler)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ebbtide import __version__
+
+        typer.echo(f"ebbtide {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _ebbtide(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Transformers pipelines whose memory comes back."""
+
+
+_RUN_HELP = """Load a model once, run every text, and give the memory back.
+
+Without a text, each line of standard input is one, and its result is printed before the next line \
+is read.
+
+Options of the task's call go along as --KEY VALUE, and `ebbtide tasks` lists them. A text that \
+begins with two dashes goes behind a lone `--`.
+
+Example: ebbtide run feature-extraction "The tide goes out." --pooling mean --normalize
+"""
+
+
+@app.command(
+    "run",
+    context_settings={"ignore_unknown_options": True},
+    help=_RUN_HELP,
+    short_help="Run a task on texts.",
+    options_metavar="[OPTIONS] [--KEY VALUE]",
+)
+def _run(
+    ctx: typer.Context,
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="The task; `ebbtide tasks` lists them.")
+    ],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="The texts; none: standard input.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, or the name of an installed model.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Which of its files: fp32, fp16, q8, int8, q4 ...")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, dml, coreml or auto.")] = "cpu",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON line a text, and nothing else.")
+    ] = False,
+) -> None:
+    """Run a task on texts."""
+    from ebbtide.cli.run import run
+
+    run(
+        task, words or [], ctx.obj or [],
+        model=model, dtype=dtype, device=device, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command("tasks")
+def _tasks(as_json: Json = False) -> None:
+    """List the tasks, their options, and the installed models."""
+    from ebbtide.cli.about import tasks
+
+    tasks(as_json=as_json)
+
+
+@app.command("info")
+def _info(as_json: Json = False) -> None:
+    """Say what is installed, what the machine allows, and how things are set."""
+    from ebbtide.cli.about import info
+
+    info(as_json=as_json)
+
+
+@app.command("demo")
+def _demo(
+    question: Annotated[
+        str | None, typer.Argument(help="A question to ask the old books as well.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search old books by meaning, and see the memory of that very run come back."""
+    from ebbtide.cli.demo.show import demo
+
+    demo(question, as_json=as_json)

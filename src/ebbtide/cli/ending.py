@@ -1,0 +1,60 @@
+"""How a command ends: what is said of an error, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+import typer
+
+from ebbtide.errors import (
+    DeviceNotAvailableError,
+    EbbtideError,
+    InputError,
+    MissingExtraError,
+    ModelNotFoundError,
+    OptionError,
+    UnsupportedModelError,
+)
+
+_BAD_CALLS: Final = (
+    DeviceNotAvailableError,
+    InputError,
+    MissingExtraError,
+    ModelNotFoundError,
+    OptionError,
+    UnsupportedModelError,
+)
+"""Errors of the call: another call would have worked."""
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Turn what a command raises into one line and an exit code.
+
+    2: the call was wrong. 1: it was right, and failed. 130: Ctrl-C. 0: whoever read the output has
+    read enough, as ``head`` does.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except EbbtideError as error:
+        sys.stdout.flush()
+        line = " ".join(str(error).split())
+        print(f"ebbtide: {line}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, _BAD_CALLS) else 1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        _silence(sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def _silence(descriptor: int) -> None:
+    """Lead what is still to be written nowhere: at its exit, Python flushes once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -1,0 +1,91 @@
+"""The command as its users have it: in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = [sys.executable, "-W", "error", "-m", "ebbtide.cli"]
+
+Run = Callable[..., "Ended"]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+def _environment(extra: dict[str, str]) -> dict[str, str]:
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("EBBTIDE_")
+        and name not in {"FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED"}
+    }
+    return {**clean, "PYTHONIOENCODING": "utf-8", **extra}
+
+
+@pytest.fixture
+def ebbtide_run() -> Run:
+    """Runs the command to its end."""
+
+    def run(*words: str | Path, stdin: str | None = None, **environ: str) -> Ended:
+        done = subprocess.run(
+            [*COMMAND, *map(str, words)],
+            input=stdin if stdin is not None else "",
+            capture_output=True,
+            encoding="utf-8",
+            timeout=90,
+            env=_environment(environ),
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def ebbtide_start() -> Iterator[Start]:
+    """Starts the command with pipes to it; what still runs at the test's end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            bufsize=1,
+            env=_environment({}),
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None and not pipe.closed:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue  # what it had not read is of no interest any more

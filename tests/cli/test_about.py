@@ -1,0 +1,68 @@
+"""``ebbtide tasks``, ``ebbtide info`` and ``--version``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import ebbtide
+from ebbtide import memory
+
+
+def test_info_says_versions_limit_and_where_each_setting_came_from(ebbtide_run: Any) -> None:
+    ended = ebbtide_run("info", "--json", EBBTIDE_THREADS="3")
+    facts = json.loads(ended.out)
+    assert (ended.code, ended.err) == (0, "")
+    assert facts["versions"]["ebbtide"] == ebbtide.__version__
+    assert facts["versions"]["python"] == platform.python_version()
+    assert all(facts["versions"][name] for name in ("onnxruntime", "tokenizers", "numpy"))
+    limit = memory.snapshot().limit
+    assert facts["memory"]["limit"] == {"bytes": limit.bytes, "source": limit.source}
+    assert facts["memory"]["anonymous"] > 1_000_000
+    assert "pressure" in facts["memory"]
+    assert "cpu" in facts["devices"]
+    assert facts["cpus"] >= 1
+    assert set(facts["allocator"]) == {"name", "method"}
+    assert facts["settings"]["threads"] == {"value": 3, "from": "EBBTIDE_THREADS"}
+    assert facts["settings"]["trim"] == {"value": True, "from": "default"}
+
+
+def test_info_for_people_has_the_same_and_fits_80_columns(ebbtide_run: Any) -> None:
+    ended = ebbtide_run("info", COLUMNS="80")
+    assert ended.code == 0
+    for word in ("onnxruntime", "devices", "limit", "pressure", "allocator", "drain_timeout"):
+        assert word in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    assert "\x1b" not in ended.out
+
+
+def test_info_warns_of_two_runtimes_in_one_folder(ebbtide_run: Any, tmp_path: Path) -> None:
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        folder = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    here = str(Path(ebbtide.__file__).parents[1])
+    facts = json.loads(ebbtide_run("info", "--json", PYTHONPATH=f"{tmp_path}:{here}").out)
+    [warning] = facts["warnings"]
+    assert "onnxruntime and onnxruntime-gpu are both installed" in warning
+    assert json.loads(ebbtide_run("info", "--json").out)["warnings"] == []
+
+
+def test_tasks_lists_each_task_with_its_options(ebbtide_run: Any) -> None:
+    listed = json.loads(ebbtide_run("tasks", "--json").out)
+    [task] = listed["tasks"]
+    assert task["name"] == "feature-extraction"
+    assert task["aliases"] == ["embeddings"]
+    assert "mean" in task["options"]["pooling"]["values"]
+    assert isinstance(listed["installed_models"], list)
+    shown = ebbtide_run("tasks", COLUMNS="80").out
+    for word in (task["default_model"], task["takes"], task["gives"], "--batch-size"):
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_version(ebbtide_run: Any) -> None:
+    ended = ebbtide_run("--version")
+    assert (ended.code, ended.out) == (0, f"ebbtide {ebbtide.__version__}\n")

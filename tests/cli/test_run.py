@@ -1,0 +1,145 @@
+"""``ebbtide run``: what goes in, what comes out, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ebbtide
+
+TASK = "feature-extraction"
+TEXTS = ["the tide goes out", "a much longer sentence about the sea"]
+
+
+def test_json_is_one_line_a_text_with_the_numbers_the_pipeline_gives(
+    ebbtide_run: Any, tiny_bert: Path
+) -> None:
+    ended = ebbtide_run(
+        "run", TASK, *TEXTS, "--model", tiny_bert, "--json", "--pooling", "mean", "--normalize"
+    )
+    with ebbtide.pipeline(TASK, tiny_bert) as embed:
+        expected = [embed(text, pooling="mean", normalize=True)[0] for text in TEXTS]
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    assert [line["text"] for line in ended.lines] == TEXTS
+    for line, vector in zip(ended.lines, expected, strict=True):
+        assert set(line) == {"text", "shape", "dtype", "data"}
+        assert line["shape"] == [32]
+        assert np.array_equal(np.array(line["data"], line["dtype"]), vector)
+
+
+def test_without_pooling_there_is_a_vector_a_token(ebbtide_run: Any, tiny_bert: Path) -> None:
+    [line] = ebbtide_run("run", TASK, TEXTS[0], "--model", tiny_bert, "--json").lines
+    assert np.array(line["data"]).shape == tuple(line["shape"])
+    assert len(line["shape"]) == 2
+
+
+def test_the_alias_of_a_task_is_a_task(ebbtide_run: Any, tiny_bert: Path) -> None:
+    assert ebbtide_run("run", "embeddings", "sea", "--model", tiny_bert, "--json").code == 0
+
+
+def test_without_a_terminal_rows_are_plain_and_the_receipt_is_on_stderr(
+    ebbtide_run: Any, tiny_bert: Path
+) -> None:
+    ended = ebbtide_run(
+        "run", TASK, *TEXTS, "--model", tiny_bert, "--pooling", "mean", "--normalize"
+    )
+    rows = [row.split("\t") for row in ended.out.splitlines()]
+    assert [row[0] for row in rows] == TEXTS
+    assert [row[1:3] for row in rows] == [["32", "1.0000"]] * 2
+    assert "\x1b" not in ended.out
+    assert ended.err.startswith("released ")
+    assert ended.err.count("\n") == 1
+
+
+def test_on_a_terminal_there_is_a_table(tiny_bert: Path) -> None:
+    leader, follower = pty.openpty()
+    words = ["run", TASK, *TEXTS, "--model", str(tiny_bert), "--normalize", "--pooling", "mean"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ebbtide.cli", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=follower,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
+    )
+    os.close(follower)
+    shown = b""
+    try:
+        while piece := os.read(leader, 4096):
+            shown += piece
+    except OSError:  # Linux: the other end is closed
+        pass
+    _, told = process.communicate()
+    os.close(leader)
+    assert process.returncode == 0, told
+    assert b"first numbers" in shown
+    assert b"shape" in shown
+    assert b"length" in shown
+    assert TEXTS[0].encode() in shown
+    assert TEXTS[1][:28].encode() in shown
+    assert b"\x1b[" in shown
+    assert b"1.0000" in shown
+    assert told.startswith(b"released ")
+
+
+def test_lines_of_a_pipe_are_answered_one_by_one(ebbtide_start: Any, tiny_bert: Path) -> None:
+    process = ebbtide_start("run", TASK, "--model", tiny_bert, "--json")
+    for text in ("first", "second", "", "fourth"):
+        process.stdin.write(text + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["text"] == text
+    process.stdin.close()
+    assert process.wait() == 0
+    assert process.stderr.read() == ""
+
+
+def test_a_batch_size_reads_so_many_lines_at_once_and_loses_none(
+    ebbtide_run: Any, tiny_bert: Path
+) -> None:
+    texts = [f"line {number}" for number in range(5)]
+    ended = ebbtide_run(
+        "run", TASK, "--model", tiny_bert, "--json", "--batch-size", "2", "--pooling=cls",
+        stdin="\n".join(texts),
+    )  # fmt: skip
+    assert [line["text"] for line in ended.lines] == texts
+
+
+def test_nothing_on_stdin_is_nothing_on_stdout(ebbtide_run: Any, tiny_bert: Path) -> None:
+    ended = ebbtide_run("run", TASK, "--model", tiny_bert, "--json", stdin="")
+    assert (ended.code, ended.out) == (0, "")
+
+
+def test_a_text_after_two_dashes_is_a_text(ebbtide_run: Any, tiny_bert: Path) -> None:
+    ended = ebbtide_run("run", TASK, "--model", tiny_bert, "--json", "one", "--", "--pooling", "-x")
+    assert [line["text"] for line in ended.lines] == ["one", "--pooling", "-x"]
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(ebbtide_start: Any, tiny_bert: Path) -> None:
+    process = ebbtide_start("run", TASK, "--model", tiny_bert, "--json")
+    process.stdin.write("one\n")
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["text"] == "one"
+    process.stdout.close()
+    process.stdin.write("two\nthree\n")
+    process.stdin.close()
+    assert process.wait() == 0
+    assert process.stderr.read() == ""
+
+
+def test_control_c_ends_it_quietly_with_130(ebbtide_start: Any, tiny_bert: Path) -> None:
+    process = ebbtide_start("run", TASK, "--model", tiny_bert, "--json")
+    process.stdin.write("one\n")
+    process.stdin.flush()
+    assert json.loads(process.stdout.readline())["text"] == "one"
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert process.stdout.read() == ""
+    assert process.stderr.read() == ""
