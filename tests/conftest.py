@@ -39,7 +39,7 @@ class FreshProcess:
         self, script: str, *, timeout: float = 60.0, code: int | None = 0, **environ: str
     ) -> str:
         prelude = f"MODEL = {str(MODELS / 'tiny-bert')!r}\n"
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             [sys.executable, "-W", "error", "-c", prelude + textwrap.dedent(script)],
             capture_output=True,
             text=True,

@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "ebbtide"
 
 RANKS = {
     "errors": 0,
+    "cancellation": 0,
     "settings": 0,
     "lifecycle": 0,
     "memory": 1,
@@ -27,7 +28,13 @@ RANKS = {
     "server": 10,
     "cli": 11,
 }
-BESIDE = {("lifecycle", "errors"), ("lifecycle", "settings"), ("settings", "errors")}
+BESIDE = {
+    ("cancellation", "errors"),
+    ("lifecycle", "cancellation"),
+    ("lifecycle", "errors"),
+    ("lifecycle", "settings"),
+    ("settings", "errors"),
+}
 """Imports that are allowed between rooms of one rank."""
 
 FACADE = "the public names of ebbtide"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ebbtide import errors, memory
+    from ebbtide._settings import settings
     from ebbtide.errors import (
         DeviceNotAvailableError,
         DisposalError,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from ebbtide.lifecycle import DisposalReceipt, State, dispose_all, live
     from ebbtide.pipelines import FeatureExtractionPipeline, Pipeline, PipelineMemory
     from ebbtide.runtime import SessionOptions
-    from ebbtide._settings import settings
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,18 @@ from collections.abc import Iterable
 
 
 class EbbtideError(Exception):
-    """The root of every error that Ebbtide raises on purpose."""
+    """The root of every error that Ebbtide raises on purpose; it can be pickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(
+    kind: type[EbbtideError], args: tuple[object, ...], attributes: dict[str, object]
+) -> EbbtideError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InputError(EbbtideError, ValueError):

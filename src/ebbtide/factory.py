@@ -7,16 +7,17 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, Never
 
+from ebbtide._settings import settings
+from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineCancelledError, unknown_option
 from ebbtide.hub import resolve
-from ebbtide.lifecycle import CancelToken, Lifecycle, State, creation_site, end_of_process
+from ebbtide.lifecycle import Lifecycle, State, creation_site, end_of_process
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.onnx_files import ByFile, ExternalData
 from ebbtide.models.sentence import read_recipe
 from ebbtide.models.text_encoder import LoadOptions, TextEncoder
 from ebbtide.pipelines import FeatureExtractionPipeline, find
 from ebbtide.runtime import Job, SessionOptions, native_threads
-from ebbtide._settings import settings
 
 _OPTIONS: Final = (
     "device", "dtype", "subfolder", "model_file_name", "use_external_data_format",
@@ -129,7 +130,8 @@ def _load(
     """Check what can be checked at once, and hand the load to a native thread."""
     chosen = find(task)
     load_options = LoadOptions(session_options=SessionOptions.of(session_options), **options)
-    label = f"The {chosen.name} pipeline over {os.fspath(model) if model else 'the default model'}"
+    named = "the default model" if model is None else str(model)
+    label = f"The {chosen.name} pipeline over {named}"
     _start()
     lifecycle = Lifecycle(label, reaper, creation_site())
     token = CancelToken(label)

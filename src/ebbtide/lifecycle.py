@@ -16,7 +16,6 @@ The contract, in the order a reader needs it:
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import enum
 import os
@@ -24,19 +23,19 @@ import sys
 import threading
 import time
 import weakref
-from _thread import LockType, allocate_lock
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self
 
+from ebbtide._settings import settings
+from ebbtide.cancellation import CancelToken, OneShot, finished, own_thread
 from ebbtide.errors import (
     DisposalError,
+    InputError,
     NotTransferableError,
-    PipelineCancelledError,
     PipelineDisposedError,
     PipelineInheritedError,
 )
-from ebbtide._settings import settings
 
 
 class State(enum.Enum):
@@ -122,62 +121,6 @@ class Remains(Protocol):
 
     def pins(self) -> tuple[str, ...]:
         """Who still holds it, in words; empty once nobody does."""
-
-
-class CancelToken:
-    """One running call's way to be stopped. Every method may be called from any thread.
-
-    Example:
-        >>> token = CancelToken("demo")
-        >>> token.cancel()
-        >>> token.cancelled
-        True
-    """
-
-    __slots__ = ("__weakref__", "_hooks", "cancelled", "label")
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.cancelled = False
-        self._hooks: list[Callable[[], None]] = []
-
-    def cancel(self) -> None:
-        """Stop the call: at its next check, and inside a native run at once."""
-        self.cancelled = True
-        for hook in tuple(self._hooks):
-            hook()
-
-    def attach(self, hook: Callable[[], None]) -> None:
-        """Have ``hook`` called on a cancellation; at once if that has happened already."""
-        self._hooks.append(hook)
-        if self.cancelled:
-            hook()
-
-    def detach(self, hook: Callable[[], None]) -> None:
-        """Take ``hook`` back."""
-        self._hooks.remove(hook)
-
-    def check(self) -> None:
-        """Raise `PipelineCancelledError` if the call was cancelled."""
-        if self.cancelled:
-            raise self.error()
-
-    def error(self) -> PipelineCancelledError:
-        """The error that a cancelled call raises."""
-        return PipelineCancelledError(
-            f"The call on {self.label} was cancelled while it ran.", pipeline=self.label
-        )
-
-
-class OwnThread(threading.local):
-    """What a thread of Ebbtide's own knows of itself; on a user's thread, nothing."""
-
-    is_own: bool = False
-    tokens: tuple[CancelToken, ...] = ()
-    """The calls that run on this thread, the outermost first."""
-
-
-own_thread = OwnThread()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -355,28 +298,6 @@ def _unfinished(reason: str) -> DisposalReceipt:
     return DisposalReceipt(0, 0, 0, False, False, 0.0, "none", (reason,))
 
 
-class OneShot:
-    """A gate that opens once: the lock is only ever waited on, never held around any code."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock: LockType = allocate_lock()
-        self._lock.acquire()
-
-    def open(self) -> None:
-        """Let the waiter through."""
-        try:
-            self._lock.release()
-        except RuntimeError:
-            return  # open already
-
-    def wait(self) -> None:
-        """Wait until it is open; a signal's exception comes through."""
-        self._lock.acquire()
-        self._lock.release()
-
-
 class Disposable:
     """What a user holds: a wrapper that dispose empties.
 
@@ -488,28 +409,7 @@ class Disposable:
 
 def _check_timeout(timeout: float | None) -> None:
     if timeout is not None and not timeout >= 0:
-        from ebbtide.errors import InputError
-
         raise InputError(f"timeout takes seconds, 0 or more, not {timeout!r}.", value=timeout)
-
-
-async def finished(subscribe: Callable[[Callable[[], None]], None]) -> None:
-    """Wait on the running event loop until a callback that ``subscribe`` was given is called."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not future.done():
-            future.set_result(None)
-
-    def call() -> None:
-        try:
-            loop.call_soon_threadsafe(wake)
-        except RuntimeError:
-            return  # the loop was closed while we worked: nobody waits any more
-
-    subscribe(call)
-    await future
 
 
 def _forgotten(lifecycle: Lifecycle) -> None:

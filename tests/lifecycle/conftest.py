@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ebbtide.cancellation import CancelToken
 from ebbtide.hub import ModelFiles
-from ebbtide.lifecycle import CancelToken, Lifecycle, State, creation_site
+from ebbtide.lifecycle import Lifecycle, State, creation_site
 from ebbtide.memory.ledger import ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.config import ModelConfig

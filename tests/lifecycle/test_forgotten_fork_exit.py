@@ -189,7 +189,8 @@ def test_a_fork_while_other_threads_call_and_load_leaves_a_child_that_works(
                 pipe("the sea", pooling="mean")
         def load():
             while not stop.is_set():
-                ebbtide.pipeline("feature-extraction", MODEL, session_options={"threads": 1}).dispose()
+                own = {"threads": 1}
+                ebbtide.pipeline("feature-extraction", MODEL, session_options=own).dispose()
         threads = [threading.Thread(target=one) for one in (call, call, load)]
         for thread in threads:
             thread.start()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ebbtide
-from ebbtide.lifecycle import CancelToken
+from ebbtide.cancellation import CancelToken
 from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.text_encoder import TextEncoder

@@ -9,7 +9,7 @@ import pytest
 
 import ebbtide
 from ebbtide import runtime
-from ebbtide.lifecycle import CancelToken
+from ebbtide.cancellation import CancelToken
 from ebbtide.runtime import SessionOptions, devices
 from ebbtide.runtime.devices import Device
 

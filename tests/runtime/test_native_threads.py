@@ -18,7 +18,7 @@ import pytest
 
 import ebbtide
 from ebbtide import runtime
-from ebbtide.lifecycle import CancelToken, own_thread
+from ebbtide.cancellation import CancelToken, own_thread
 from ebbtide.runtime import Job, SessionOptions, native_threads
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
@@ -231,7 +231,7 @@ def test_an_interrupt_of_the_waiting_main_thread_cancels_the_job(fresh_process: 
     seen = fresh_process(
         """
         import signal, sys, threading
-        from ebbtide.lifecycle import CancelToken
+        from ebbtide.cancellation import CancelToken
         from ebbtide.runtime import native_threads
 
         main = threading.main_thread().ident

@@ -91,18 +91,28 @@ class ModelFiles:
             )
         return content
 
+    def content(self, name: str) -> bytes:
+        """The bytes of a file that is there.
+
+        Raises:
+            LoadError: It cannot be read.
+        """
+        path = self.elsewhere.get(name, self.folder / name)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise LoadError(f"{path} cannot be read: {error}.", path=str(path)) from error
+
     def _parsed(self, name: str) -> Any:
         path = self.find(name)
         if path is None:
             return None
         try:
-            return json.loads(path.read_bytes())
+            return json.loads(self.content(name))
         except (ValueError, RecursionError) as error:
             raise LoadError(
                 f"{path} is not JSON: {error}. Compare it with its source.", path=str(path)
             ) from None
-        except OSError as error:
-            raise LoadError(f"{path} cannot be read: {error}.", path=str(path)) from error
 
     def onnx_names(self) -> list[str]:
         """The names of all ONNX files, sorted: what an error message can offer."""

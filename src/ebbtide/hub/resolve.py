@@ -34,9 +34,14 @@ def resolve(model: str | os.PathLike[str] | None, *, task: str, default: str) ->
     text = os.fspath(model)
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise InputError("model takes a folder or a model's name, and got none.", value=model)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return ModelFiles(name=text, folder=folder.resolve())
+    try:
+        folder = Path(text).expanduser()
+        if folder.is_dir():
+            return ModelFiles(name=text, folder=folder.resolve())
+    except (OSError, RuntimeError) as error:
+        raise ModelNotFoundError(
+            f"The folder {text[:200]} cannot be looked at: {error}.", model=text
+        ) from error
     offered = installed.find(text) if isinstance(model, str) else None
     if offered is not None:
         return offered.files

@@ -5,7 +5,9 @@ one. It does not give back the tops of the other arenas, which are what threads 
 after native runs on sixteen threads 68 to 231 MB stayed there. A top shrinks only when a chunk of
 64 kB or more is freed in its arena while the top is larger than `M_TRIM_THRESHOLD`. So every
 thread that runs native code for Ebbtide keeps one chunk of its arena, its *ballast*, and `trim`
-frees these chunks with the threshold lowered. The thread takes a new one before its next job.
+frees these chunks with the threshold lowered. The thread takes a new one before its next job; until
+then the threshold is lowered while sessions are released too, so that their own last large chunk
+does the same.
 
 Setting the threshold ends glibc's own adjusting of it, and of `M_MMAP_THRESHOLD`. Both are
 therefore left at the largest values that adjusting would have reached (64 and 32 MB), which is
@@ -16,13 +18,16 @@ but cost: with thresholds of 128 kB the same batch took 800 ms in place of 385
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from ebbtide.lifecycle import forget_working_memory
 from ebbtide._settings import settings
+from ebbtide.cancellation import own_thread
+from ebbtide.lifecycle import forget_working_memory, on_fork
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -46,7 +51,7 @@ class Allocator:
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._library = _process_library() if library is None else library
         self.name, self.method, self._give_back = _recognise(self._library)
-        self._ballasts: dict[int, int] = {}
+        self.forget()
         if self.name == "glibc":
             self._library.malloc.restype = ctypes.c_void_p
             self._library.malloc.argtypes = [ctypes.c_size_t]
@@ -57,11 +62,38 @@ class Allocator:
         """Give freed memory back to the operating system now; returns the method used."""
         if not settings.trim:
             return "none (settings.trim is off)"
-        if self.name == "glibc":
-            self._shrink_tops()
+        with self.shrinking():
+            for thread in tuple(self._ballasts):
+                self.drop_ballast(thread)
+        if own_thread.is_native:
+            self.hold_ballast(threading.get_ident())
         self._give_back()
         forget_working_memory()
         return self.method
+
+    @contextlib.contextmanager
+    def shrinking(self) -> Iterator[None]:
+        """While inside, a large chunk that is freed shrinks the top of its arena."""
+        if self.name != "glibc" or settings.malloc != "tuned" or not settings.trim:
+            yield
+            return
+        with self._lock:
+            self._shrinking += 1
+            self._library.mallopt(_M_TRIM_THRESHOLD, _PAGE)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._shrinking -= 1
+                if not self._shrinking:
+                    self._library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_MAX)
+                    self._library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+
+    def forget(self) -> None:
+        """In a forked child: the threads that had ballasts are not here."""
+        self._ballasts: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._shrinking = 0
 
     def hold_ballast(self, thread: int) -> None:
         """On a thread of Ebbtide's own, before a job: make its arena's top shrinkable.
@@ -80,16 +112,6 @@ class Allocator:
         chunk = self._ballasts.pop(thread, None)
         if chunk is not None:
             self._library.free(chunk)
-
-    def _shrink_tops(self) -> None:
-        threads = tuple(self._ballasts)
-        if not threads:
-            return
-        self._library.mallopt(_M_TRIM_THRESHOLD, _PAGE)
-        for thread in threads:
-            self.drop_ballast(thread)
-        self._library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_MAX)
-        self._library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
 
 
 def _process_library() -> ctypes.CDLL:
@@ -127,3 +149,4 @@ def _recognise(library: ctypes.CDLL) -> tuple[str, str, Callable[[], None]]:
 
 
 allocator = Allocator()
+on_fork(allocator.forget)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from ebbtide.lifecycle import Remains
 
+UNSEEN = "something the garbage collector does not see (a native object, a plain dict)"
+
 
 def let_go(box: list[object], what: str) -> Sequence[Remains]:
     """Drop the only reference that we have to a native object, which frees it.
@@ -48,7 +50,7 @@ class _Pinned:
             self._box.clear()
             return ()
         holders = [one for one in gc.get_referrers(self._box[0]) if one is not self._box]
-        named = ", ".join(_name_of(one) for one in holders[:3]) or "another native object"
+        named = ", ".join(_name_of(one) for one in holders[:3]) or UNSEEN
         return (f"{self._what} is still referenced by {named}",)
 
 

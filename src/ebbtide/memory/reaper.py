@@ -16,18 +16,9 @@ import types
 import warnings
 from collections.abc import Callable
 
+from ebbtide.cancellation import OneShot, own_thread
 from ebbtide.errors import DisposalError
-from ebbtide.lifecycle import (
-    DisposalReceipt,
-    Lifecycle,
-    OneShot,
-    Remains,
-    Request,
-    State,
-    on_fork,
-    own_thread,
-    pinned,
-)
+from ebbtide.lifecycle import DisposalReceipt, Lifecycle, Remains, Request, State, on_fork, pinned
 from ebbtide.memory.allocator import allocator
 from ebbtide.memory.ledger import activity
 from ebbtide.memory.probe import anonymous_bytes
@@ -173,7 +164,8 @@ class Reaper:
         started = time.perf_counter()
         window = activity.begin().measure()
         order = sorted(batch, key=lambda life: life.charged, reverse=True)
-        outcome = {life: _release(life) for life in order}
+        with allocator.shrinking():
+            outcome = {life: _release(life) for life in order}
         method = allocator.trim()
         released = window.before - anonymous_bytes()
         retained = sum(one.charged for one in outcome.values()) - released
@@ -229,7 +221,7 @@ def _receipt(
     one: _Released, released: int, *, quiet: bool, duration: float, method: str
 ) -> DisposalReceipt:
     reasons = [*one.reasons, *pinned(one.remains)]
-    retained = max(0, one.charged - released)
+    retained = min(one.charged, max(0, one.charged - released))
     sound = not one.remains and not one.errors
     if quiet:
         verified = sound and retained <= _tolerance(one.charged)

@@ -35,6 +35,14 @@ class ModelConfig:
     external_data: bool | int | Mapping[str, bool | int]
     raw: Mapping[str, Any]
 
+    def dtype_of(self, file: str) -> str | None:
+        """The dtype that the config names for one file."""
+        return _of_file(self.dtypes, file)
+
+    def device_of(self, file: str) -> str | None:
+        """The device that the config names for one file."""
+        return _of_file(self.devices, file)
+
     @classmethod
     def read(cls, files: ModelFiles) -> ModelConfig:
         """Read a model's config.json.
@@ -52,9 +60,14 @@ class ModelConfig:
             positions=_positions(raw),
             dtypes=hints.get("dtype"),
             devices=hints.get("device"),
-            external_data=hints.get("use_external_data_format", False),
+            external_data=hints.get("use_external_data_format") or False,
             raw=raw,
         )
+
+
+def _of_file(declared: str | Mapping[str, str] | None, file: str) -> str | None:
+    found = declared.get(file) if isinstance(declared, Mapping) else declared
+    return found if isinstance(found, str) else None
 
 
 def _positions(raw: Mapping[str, Any]) -> int | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
-from ebbtide.errors import InputError, ModelNotFoundError
+from ebbtide.errors import InputError, LoadError, ModelNotFoundError
 from ebbtide.hub import ModelFiles
 from ebbtide.models.config import ModelConfig
 from ebbtide.runtime import dtypes
+
+_MOST_PARTS: Final = 1000
 
 ByFile = str | Mapping[str, str] | None
 ExternalData = bool | int | Mapping[str, bool | int] | None
@@ -54,15 +57,9 @@ def choose(
         InputError: There is no such dtype, or a map names no file of this model.
         ModelNotFoundError: The file for this dtype is not there; names the dtypes that are.
     """
-    if isinstance(dtype, Mapping) and stem not in dtype:
-        raise InputError(
-            f"dtype is a map by file, and has none for {stem!r}: it has {', '.join(dtype)}.",
-            value=dict(dtype),
-        )
     wanted = dtypes.check(dtypes.for_file(dtype, stem, kind="dtype") or dtypes.AUTO)
     if wanted == dtypes.AUTO:
-        declared = dtypes.for_file(config.dtypes, stem, kind="the config's dtype")
-        wanted = dtypes.check(declared or dtypes.AUTO)
+        wanted = dtypes.check(config.dtype_of(stem) or dtypes.AUTO)
     order = dtypes.auto_order(device) if wanted == dtypes.AUTO else (wanted,)
     for one in order:
         for name in _names(stem, one, subfolder):
@@ -85,6 +82,15 @@ def _check_parts(
     declared = config.external_data if external_data is None else external_data
     if isinstance(declared, Mapping):
         declared = declared.get(path.name, declared.get(stem, False))
+    if not isinstance(declared, int) or not 0 <= declared <= _MOST_PARTS:
+        text = (
+            "use_external_data_format takes True, False, a number of files up to"
+            f" {_MOST_PARTS}, or a map from file to one of these, not {declared!r}"
+        )
+        if external_data is None:
+            source = str(files.find("config.json"))
+            raise LoadError(f"{source}: {text}.", path=source)
+        raise InputError(f"{text}.", value=declared)
     count = int(declared)
     parts = [f"{path.name}_data" + (f"_{n}" if n else "") for n in range(count)]
     missing = tuple(part for part in parts if not (path.parent / part).is_file())

@@ -24,12 +24,15 @@ _MODES: Final[Mapping[str, str]] = MappingProxyType(
 
 _NAMES: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "lasttoken": "eos",
-        "weightedmean": "weighted_mean",
+        "cls": "cls",
+        "mean": "mean",
+        "max": "max",
         "mean_sqrt_len_tokens": "mean_sqrt_len",
+        "weightedmean": "weighted_mean",
+        "lasttoken": "eos",
     }
 )
-"""How newer files, with one ``pooling_mode``, name what is named otherwise here."""
+"""The values of ``pooling_mode``, which newer files have in place of these keys."""
 
 _READ: Final = frozenset({"Transformer", "Pooling", "Normalize"})
 
@@ -83,7 +86,8 @@ def read_recipe(files: ModelFiles) -> SentenceRecipe | None:
             config = files.json(f"{path}/config.json" if path else "config.json") or {}
             poolings = _poolings(config)
             if not poolings:
-                unread.append(f"a pooling it does not name ({path}/config.json)")
+                named = config.get("pooling_mode", "no pooling at all")
+                unread.append(f"{named!r} in {path}/config.json")
         elif kind == "Normalize":
             normalize = True
         elif kind not in _READ:
@@ -110,5 +114,5 @@ def _poolings(config: Mapping[str, Any]) -> tuple[str, ...]:
     named = tuple(mode for key, mode in _MODES.items() if config.get(key) is True)
     one = config.get("pooling_mode")
     if not named and isinstance(one, str):
-        named = tuple(_NAMES.get(name, name) for name in (one,))
+        named = (_NAMES[one],) if one in _NAMES else ()
     return named

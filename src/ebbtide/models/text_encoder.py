@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide import runtime
+from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
 from ebbtide.hub import ModelFiles
-from ebbtide.lifecycle import CancelToken, Lifecycle
+from ebbtide.lifecycle import Lifecycle
 from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import ByFile, ExternalData, OnnxFile, choose
@@ -79,9 +80,7 @@ class TextEncoder:
         config = ModelConfig.read(files)
         stem = options.model_file_name or "model"
         device = (
-            dtypes.for_file(options.device, stem, kind="device")
-            or dtypes.for_file(config.devices, stem, kind="the config's device")
-            or "cpu"
+            dtypes.for_file(options.device, stem, kind="device") or config.device_of(stem) or "cpu"
         )
         devices.parse(device)
         file = choose(

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, TypeVar
 
 from numpy.typing import NDArray
 
+from ebbtide.cancellation import CancelToken
 from ebbtide.errors import unknown_option
-from ebbtide.lifecycle import CancelToken, Disposable, Lifecycle, State
+from ebbtide.lifecycle import Disposable, Lifecycle, State
 from ebbtide.memory.ledger import Holding, Lease, activity
 from ebbtide.models.text_encoder import TextEncoder
 from ebbtide.models.tokenizer import Tokenizer

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Final, Literal, Never, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, OptionError, unknown_value
-from ebbtide.lifecycle import CancelToken, Lifecycle
+from ebbtide.lifecycle import Lifecycle
 from ebbtide.models.sentence import SentenceRecipe
 from ebbtide.models.text_encoder import TextEncoder
 from ebbtide.models.tokenizer import Batch

@@ -45,7 +45,8 @@ def for_file(choice: str | Mapping[str, str] | None, file: str, *, kind: str) ->
     """What a ``dtype=`` or ``device=`` option says of one file: the same for all, or a map by file.
 
     Raises:
-        InputError: The option is neither text, a map from text to text, nor None.
+        InputError: The option is neither text, a map from text to text, nor None; or the map
+            does not have the file.
 
     Example:
         >>> for_file({"model": "q8"}, "model", kind="dtype")
@@ -56,7 +57,12 @@ def for_file(choice: str | Mapping[str, str] | None, file: str, *, kind: str) ->
     if isinstance(choice, Mapping) and all(
         isinstance(key, str) and isinstance(value, str) for key, value in choice.items()
     ):
-        return choice.get(file)
+        if file not in choice:
+            raise InputError(
+                f"{kind} is a map by file, and has none for {file!r}: it has {', '.join(choice)}.",
+                value=dict(choice),
+            )
+        return choice[file]
     raise InputError(
         f"{kind} takes a name, or a map from file to name such as {{'model': ...}},"
         f" not {choice!r}.",

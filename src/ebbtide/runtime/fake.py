@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ebbtide.lifecycle import CancelToken, Remains
+from ebbtide.cancellation import CancelToken
+from ebbtide.lifecycle import Remains
 from ebbtide.runtime.devices import Device
 from ebbtide.runtime.session import TensorInfo
 

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from ebbtide._settings import settings
+from ebbtide.cancellation import CancelToken
 from ebbtide.errors import (
     DeviceNotAvailableError,
     InputError,
@@ -27,11 +29,10 @@ from ebbtide.errors import (
     RunError,
     unknown_option,
 )
-from ebbtide.lifecycle import CancelToken, Remains, on_fork
+from ebbtide.lifecycle import Remains, on_fork
 from ebbtide.memory.pins import leak, let_go
 from ebbtide.runtime import devices
 from ebbtide.runtime.threads import cpu_count
-from ebbtide._settings import settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,7 +135,7 @@ class SessionOptions:
         if given is None:
             return cls()
         if isinstance(given, SessionOptions):
-            return given
+            return given._checked()
         if not isinstance(given, Mapping):
             raise OptionError(
                 f"session_options takes a SessionOptions or a dict, not {type(given).__name__}.",
@@ -156,7 +157,22 @@ class SessionOptions:
                 f"session_options threads takes a whole number from 1, not {self.threads!r}.",
                 value=self.threads,
             )
-        if self.optimization not in _OPTIMIZATION:
+        if not isinstance(self.arena, bool):
+            raise InputError(
+                f"session_options arena takes True or False, not {self.arena!r}.", value=self.arena
+            )
+        good = isinstance(self.entries, tuple) and all(
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and all(isinstance(text, str) for text in pair)
+            for pair in self.entries
+        )
+        if not good:
+            raise InputError(
+                f"session_options entries takes a map from text to text, not {self.entries!r}.",
+                value=self.entries,
+            )
+        if not isinstance(self.optimization, str) or self.optimization not in _OPTIMIZATION:
             raise InputError(
                 f"session_options optimization takes one of {', '.join(_OPTIMIZATION)},"
                 f" not {self.optimization!r}.",

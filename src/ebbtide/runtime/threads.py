@@ -16,10 +16,11 @@ import traceback
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from ebbtide.lifecycle import CancelToken, OneShot, finished, on_fork, own_thread
+from ebbtide._settings import settings
+from ebbtide.cancellation import CancelToken, OneShot, finished, own_thread
+from ebbtide.lifecycle import on_fork
 from ebbtide.memory import cgroup
 from ebbtide.memory.allocator import allocator
-from ebbtide._settings import settings
 
 ResultT = TypeVar("ResultT")
 
@@ -100,8 +101,8 @@ class Job(Generic[ResultT]):
         the native run's end, and then goes on.
         """
         gate = OneShot()
-        self.on_done(gate.open)
         try:
+            self.on_done(gate.open)
             gate.wait()
         except BaseException:
             self.token.cancel()
@@ -200,7 +201,7 @@ class NativeThreads:
         return job
 
     def _work(self) -> None:
-        own_thread.is_own = True
+        own_thread.is_own = own_thread.is_native = True
         thread = threading.get_ident()
         while True:
             job = self._queue.get()

@@ -1,0 +1,109 @@
+"""How one call is stopped from another thread, and how one waits for its end without a lock."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from _thread import LockType, allocate_lock
+from collections.abc import Callable
+
+from ebbtide.errors import PipelineCancelledError
+
+
+class CancelToken:
+    """One running call's way to be stopped. Every method may be called from any thread.
+
+    Example:
+        >>> token = CancelToken("demo")
+        >>> token.cancel()
+        >>> token.cancelled
+        True
+    """
+
+    __slots__ = ("__weakref__", "_hooks", "cancelled", "label")
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.cancelled = False
+        self._hooks: list[Callable[[], None]] = []
+
+    def cancel(self) -> None:
+        """Stop the call: at its next check, and inside a native run at once."""
+        self.cancelled = True
+        for hook in tuple(self._hooks):
+            hook()
+
+    def attach(self, hook: Callable[[], None]) -> None:
+        """Have ``hook`` called on a cancellation; at once if that has happened already."""
+        self._hooks.append(hook)
+        if self.cancelled:
+            hook()
+
+    def detach(self, hook: Callable[[], None]) -> None:
+        """Take ``hook`` back."""
+        self._hooks.remove(hook)
+
+    def check(self) -> None:
+        """Raise `PipelineCancelledError` if the call was cancelled."""
+        if self.cancelled:
+            raise self.error()
+
+    def error(self) -> PipelineCancelledError:
+        """The error that a cancelled call raises."""
+        return PipelineCancelledError(
+            f"The call on {self.label} was cancelled while it ran.", pipeline=self.label
+        )
+
+
+class OwnThread(threading.local):
+    """What a thread of Ebbtide's own knows of itself; on a user's thread, nothing."""
+
+    is_own: bool = False
+    is_native: bool = False
+    """Whether it runs native code, and so has an arena to look after."""
+    tokens: tuple[CancelToken, ...] = ()
+    """The calls that run on this thread, the outermost first."""
+
+
+own_thread = OwnThread()
+
+
+class OneShot:
+    """A gate that opens once: the lock is only ever waited on, never held around any code."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock: LockType = allocate_lock()
+        self._lock.acquire()
+
+    def open(self) -> None:
+        """Let the waiter through."""
+        try:
+            self._lock.release()
+        except RuntimeError:
+            return  # open already
+
+    def wait(self) -> None:
+        """Wait until it is open; a signal's exception comes through."""
+        self._lock.acquire()
+        self._lock.release()
+
+
+async def finished(subscribe: Callable[[Callable[[], None]], None]) -> None:
+    """Wait on the running event loop until a callback that ``subscribe`` was given is called."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    def call() -> None:
+        try:
+            loop.call_soon_threadsafe(wake)
+        except RuntimeError:
+            return  # the loop was closed while we worked: nobody waits any more
+
+    subscribe(call)
+    await future
