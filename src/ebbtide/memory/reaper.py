@@ -85,6 +85,10 @@ class Reaper:
         """Hear that the last running call of something being disposed has ended."""
         self._queue.put(lifecycle)
 
+    def later(self, function: Callable[[], None]) -> None:
+        """Have ``function`` run between two disposals; return at once."""
+        self._queue.put(function)
+
     def call(self, function: Callable[[], None]) -> None:
         """Run ``function`` between two disposals, and wait for its end.
 
@@ -102,7 +106,7 @@ class Reaper:
             finally:
                 gate.open()
 
-        self._queue.put(run)
+        self.later(run)
         gate.wait()
 
     def _run(self) -> None:

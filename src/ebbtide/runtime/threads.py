@@ -9,18 +9,20 @@ run, and gives sync and async callers the same path. The handover costs some 20 
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import queue
 import threading
 import traceback
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ebbtide._settings import settings
 from ebbtide.cancellation import CancelToken, OneShot, finished, own_thread
 from ebbtide.lifecycle import on_fork
 from ebbtide.memory import cgroup
 from ebbtide.memory.allocator import allocator
+from ebbtide.memory.reaper import reaper
 
 ResultT = TypeVar("ResultT")
 
@@ -154,32 +156,35 @@ def _clear_frames(error: BaseException) -> None:
 
 
 class NativeThreads:
-    """A fixed number of threads that run jobs in the order they come; started at the first one."""
+    """A bounded set of threads that run jobs in the order they come.
+
+    A further thread is started only for a job that finds all others at work, so that who calls from
+    one thread at a time has one arena. None ends before the process does.
+    """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """In a forked child: there are no threads here."""
-        self._queue: queue.SimpleQueue[Job[object]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
+        self._idle: collections.deque[None] = collections.deque()
+        self._most = 0
 
     def start(self) -> None:
-        """Have the threads running."""
-        if self._threads:
-            return
-        with self._lock:
-            if self._threads:
-                return
-            count = settings.native_threads or min(_MOST_THREADS, max(2, cpu_count()))
-            threads = [
-                threading.Thread(target=self._work, name=f"ebbtide-native-{n}", daemon=True)
-                for n in range(count)
-            ]
-            for thread in threads:
-                thread.start()
-            self._threads = threads
+        """Have the first thread running."""
+        if not self._most:
+            self._most = settings.native_threads or min(_MOST_THREADS, max(2, cpu_count()))
+            reaper.call(self._start_one)
+
+    def _start_one(self) -> None:
+        """Start a thread; on the reaper's, since starting one takes locks of Python's."""
+        if len(self._threads) < self._most:
+            name = f"ebbtide-native-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def submit(
         self, function: Callable[[], ResultT], token: CancelToken, leave: Callable[[], None]
@@ -196,14 +201,19 @@ class NativeThreads:
                 if outer is not None:
                     outer.detach(token.cancel)
             return job
-        self.start()
-        self._queue.put(job)  # type: ignore[arg-type]
+        try:
+            self._idle.pop()
+        except IndexError:
+            if len(self._threads) < self._most:
+                reaper.later(self._start_one)
+        self._queue.put(job)
         return job
 
     def _work(self) -> None:
         own_thread.is_own = own_thread.is_native = True
         thread = threading.get_ident()
         while True:
+            self._idle.append(None)
             job = self._queue.get()
             allocator.hold_ballast(thread)
             job.run()
