@@ -166,4 +166,3 @@ def _start() -> None:
         _started = True
         atexit.register(lambda: end_of_process(settings.exit_timeout))
     reaper.start()
-    native_threads.start()

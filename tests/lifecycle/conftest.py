@@ -67,7 +67,6 @@ class WaitingSession:
 def make(session: WaitingSession, folder: Path) -> FeatureExtractionPipeline:
     """A pipeline over a session of the test's own and a real tokenizer."""
     reaper.start()
-    native_threads.start()
     files = ModelFiles("waiting", folder)
     config = ModelConfig.read(files)
     lifecycle = Lifecycle("The waiting pipeline", reaper, creation_site())

@@ -18,7 +18,15 @@ from collections.abc import Callable
 
 from ebbtide.cancellation import OneShot, own_thread
 from ebbtide.errors import DisposalError
-from ebbtide.lifecycle import DisposalReceipt, Lifecycle, Remains, Request, State, on_fork, pinned
+from ebbtide.lifecycle import (
+    DisposalReceipt,
+    Lifecycle,
+    Remains,
+    Request,
+    State,
+    on_fork,
+    pinned,
+)
 from ebbtide.memory.allocator import allocator
 from ebbtide.memory.ledger import activity
 from ebbtide.memory.probe import anonymous_bytes
@@ -168,8 +176,18 @@ class Reaper:
         started = time.perf_counter()
         window = activity.begin().measure()
         order = sorted(batch, key=lambda life: life.charged, reverse=True)
-        with allocator.shrinking():
-            outcome = {life: _release(life) for life in order}
+        outcome: dict[Lifecycle, _Released] = {}
+
+        def release() -> None:
+            own_thread.is_own = True
+            with allocator.shrinking():
+                for life in order:
+                    outcome[life] = _release(life)
+
+        # On a thread that ends: its malloc cache would keep pieces of what it frees, and pin pages.
+        releasing = threading.Thread(target=release, name="ebbtide-release", daemon=True)
+        releasing.start()
+        releasing.join()
         method = allocator.trim()
         released = window.before - anonymous_bytes()
         retained = sum(one.charged for one in outcome.values()) - released

@@ -169,14 +169,8 @@ class NativeThreads:
         """In a forked child: there are no threads here."""
         self._queue: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._idle: collections.deque[None] = collections.deque()
-        self._most = 0
-
-    def start(self) -> None:
-        """Have the first thread running."""
-        if not self._most:
-            self._most = settings.native_threads or min(_MOST_THREADS, max(2, cpu_count()))
-            reaper.call(self._start_one)
+        self._most = settings.native_threads or min(_MOST_THREADS, max(2, cpu_count()))
+        self._idle: collections.deque[None] = collections.deque(maxlen=self._most)
 
     def _start_one(self) -> None:
         """Start a thread; on the reaper's, since starting one takes locks of Python's."""
@@ -190,8 +184,8 @@ class NativeThreads:
         self, function: Callable[[], ResultT], token: CancelToken, leave: Callable[[], None]
     ) -> Job[ResultT]:
         """Hand over a job. On a thread of Ebbtide's own it runs at once, here."""
-        job = Job(function, token, leave)
         if own_thread.is_own:
+            job = Job(function, token, leave)
             outer = own_thread.tokens[-1] if own_thread.tokens else None
             if outer is not None:
                 outer.attach(token.cancel)
@@ -201,21 +195,28 @@ class NativeThreads:
                 if outer is not None:
                     outer.detach(token.cancel)
             return job
+
+        def ended() -> None:
+            leave()
+            self._idle.append(None)  # before the caller hears, who may have the next job at once
+
+        job = Job(function, token, ended)
         try:
             self._idle.pop()
+            idle = True
         except IndexError:
-            if len(self._threads) < self._most:
-                reaper.later(self._start_one)
+            idle = False
         self._queue.put(job)
+        if not idle and len(self._threads) < self._most:
+            reaper.later(self._start_one)
         return job
 
     def _work(self) -> None:
         own_thread.is_own = own_thread.is_native = True
-        thread = threading.get_ident()
+        identity = threading.get_ident()
         while True:
-            self._idle.append(None)
             job = self._queue.get()
-            allocator.hold_ballast(thread)
+            allocator.hold_ballast(identity)
             job.run()
             del job
 
