@@ -346,6 +346,7 @@ def forking():
         stop.set()
 
 
+faulthandler.cancel_dump_traceback_later()  # a child would wait at its exit for this thread
 inherited = ebbtide.pipeline("feature-extraction", MODEL)
 threads = [threading.Thread(target=user, args=(n,)) for n in range(4)]
 for thread in threads:
