@@ -100,13 +100,14 @@ class Own:
 
     def __init__(self, policy: str) -> None:
         from ebbtide._settings import settings
+
+        settings.native_threads = OWN_THREADS  # before the threads are imported
+        settings.malloc = policy  # type: ignore[assignment]
         from ebbtide.cancellation import CancelToken
         from ebbtide.memory.allocator import allocator
         from ebbtide.memory.reaper import reaper
         from ebbtide.runtime.threads import native_threads
 
-        settings.native_threads = OWN_THREADS
-        settings.malloc = policy  # type: ignore[assignment]
         reaper.start()
         self.allocator, self.reaper, self.threads = allocator, reaper, native_threads
         self.token = CancelToken("the benchmark")
@@ -123,8 +124,13 @@ class Own:
             with self.allocator.shrinking():
                 box.clear()
 
+        def released() -> None:
+            releasing = threading.Thread(target=release)
+            releasing.start()
+            releasing.join()
+
         def both() -> None:
-            found.append(clocked(release))
+            found.append(clocked(released))
             found.append(clocked(lambda: str(self.allocator.trim())))
 
         self.reaper.call(both)
@@ -270,14 +276,14 @@ def graph_of(model: str, dtype: str) -> Path:
 
 
 def show(rows: dict[str, dict[str, list[float]]]) -> None:
-    print(f"{'':32}" + "".join(f"{title:>19}" for title in COLUMNS.values()))
+    print(f"{'':32}" + "".join(f"{title:>23}" for title in COLUMNS.values()))
     for mode, found in rows.items():
         cells = ""
         for column in COLUMNS:
             values = found[column]
             digits = 0 if column in ("batch_ms", "peak") else 1
             middle = f"{statistics.median(values):.{digits}f}"
-            cells += f"{f'{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})':>19}"
+            cells += f"{f'{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})':>23}"
         print(f"{MODES[mode].title:32}{cells}")
 
 

@@ -9,8 +9,7 @@ Importing this package imports nothing else: each public name is loaded when it 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # as type checkers read it; importing `typing` would cost half the import
 
 if TYPE_CHECKING:
     from ebbtide import errors, memory
@@ -102,6 +101,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    import importlib
+
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'ebbtide' has no attribute {name!r}")

@@ -90,8 +90,8 @@ class OneShot:
         self._lock.release()
 
 
-async def finished(subscribe: Callable[[Callable[[], None]], None]) -> None:
-    """Wait on the running event loop until a callback that ``subscribe`` was given is called."""
+def told(subscribe: Callable[[Callable[[], None]], None]) -> asyncio.Future[None]:
+    """A future of the running event loop, done once the callback ``subscribe`` gets is called."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 
@@ -106,4 +106,4 @@ async def finished(subscribe: Callable[[Callable[[], None]], None]) -> None:
             return  # the loop was closed while we worked: nobody waits any more
 
     subscribe(call)
-    await future
+    return future

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import CancelToken, OneShot, finished, own_thread
+from ebbtide.cancellation import CancelToken, OneShot, own_thread, told
 from ebbtide.errors import (
     DisposalError,
     InputError,
@@ -237,6 +237,8 @@ class Lifecycle:
         """Ask for the disposal and return at once; safe in a finalizer and in a signal handler."""
         if self.state in (State.LOADING, State.READY):
             self.state = State.DISPOSING
+        elif forgotten:
+            return  # it is being disposed, and so was not forgotten
         elif self.state is not State.DISPOSING:
             return
         patience = 0.0 if cancel else settings.drain_timeout if timeout is None else timeout
@@ -245,6 +247,22 @@ class Lifecycle:
                 token.cancel()
         deadline = time.monotonic() + patience
         self.disposer.request(Request(self, deadline, collect, forgotten))
+
+    def own(self, resource: Releasable) -> None:
+        """Take a resource that a load brings in; called on a native thread.
+
+        Raises:
+            PipelineCancelledError: The disposal has ended already. The resource was released.
+        """
+        self.resources.append(resource)
+        if self.state in (State.DISPOSED, State.FAILED):
+            self.release_rest()
+            raise CancelToken(self.label).error()
+
+    def release_rest(self) -> None:
+        """Release what came in after the disposer had looked; called on a thread of ours."""
+        while self.resources:
+            self.resources.pop().release()
 
     def on_finished(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called once the disposal has ended; at once if it has."""
@@ -257,6 +275,7 @@ class Lifecycle:
     ) -> None:
         """The disposer's last word: the end state, and the receipt for everyone who waits."""
         self.state = state
+        self.release_rest()
         self.error = error
         self.receipt = receipt
         _live.pop(id(self), None)
@@ -360,7 +379,7 @@ class Disposable:
         asked = lifecycle.receipt is None
         lifecycle.request(timeout=timeout, cancel=cancel, collect=collect)
         if lifecycle.receipt is None and lifecycle.state is State.DISPOSING:
-            await finished(lifecycle.on_finished)
+            await told(lifecycle.on_finished)
         receipt = lifecycle.wait()
         if asked and lifecycle.error is not None:
             raise lifecycle.error

@@ -61,6 +61,9 @@ def test_descriptors_and_threads_are_as_before_a_pipeline(fresh_process) -> None
         before = count()
         for _ in range(20):
             cycle()
+        for _ in range(10_000):  # a thread that has ended is listed a moment longer
+            if before == count():
+                break
         print(before == count())
         """
     )
@@ -164,10 +167,8 @@ def test_a_whole_life_makes_no_reference_cycle(tiny_bert: Path) -> None:
         pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
         pipe(["the sea", "a longer text"], pooling="mean")
         list(pipe(iter(["one", "two"]), pooling="mean"))
-        try:
+        with contextlib.suppress(ebbtide.InputError):
             pipe(None)  # type: ignore[call-overload]
-        except ebbtide.InputError:
-            pass
         with contextlib.suppress(ebbtide.InputError):
             pipe("a \ud800 lone surrogate")
         pipe.dispose()

@@ -39,7 +39,7 @@ def test_a_quiet_disposal_is_measured_and_verified(fresh_process) -> None:
 
 
 def test_bytes_that_do_not_come_back_are_not_called_verified(fresh_process) -> None:
-    """Somebody takes 20 MB while it is disposed: the figures say so, and nothing is claimed."""
+    """Somebody takes 200 MB while it is disposed: the figures say so, and nothing is claimed."""
     out = fresh_process(
         """
         import ebbtide
@@ -47,7 +47,7 @@ def test_bytes_that_do_not_come_back_are_not_called_verified(fresh_process) -> N
         hold = []
         trim = reaper_module.allocator.trim
         def taking():
-            hold.append(bytearray(b"x" * 20_000_000))
+            hold.append(bytearray(b"x" * 200_000_000))
             return trim()
         pipe = ebbtide.pipeline("feature-extraction", MODEL)
         pipe(["word " * 200] * 32, pooling="mean")

@@ -354,3 +354,41 @@ def test_a_process_without_a_free_descriptor_can_still_dispose(fresh_process) ->
         """
     )
     assert out.splitlines() == ["3 True 0", "0 disposed disposed"]
+
+
+@pytest.mark.parametrize("name", ["ebbtide-release", "ebbtide-native"])
+def test_a_finalizer_may_dispose_on_a_thread_of_ebbtide_that_is_only_starting(
+    fresh_process, name: str
+) -> None:
+    """Garbage may be collected there before the thread's own function has begun."""
+    out = fresh_process(
+        """
+        import faulthandler, gc, threading, ebbtide
+        faulthandler.dump_traceback_later(10, exit=True)
+        other = ebbtide.pipeline("feature-extraction", MODEL, dtype="q8")
+        class Owner:
+            def __init__(self):
+                self.itself = self
+            def __del__(self):
+                other.dispose()
+        inner = threading.Thread._set_ident
+        def set_ident(thread):
+            inner(thread)
+            if thread.name.startswith(NAME):
+                gc.collect()
+        gc.disable()
+        threading.Thread._set_ident = set_ident
+        Owner()
+        def use():
+            with ebbtide.pipeline("feature-extraction", MODEL) as pipe:
+                pipe("the sea")
+        users = [threading.Thread(target=use) for _ in range(4)]
+        for user in users:
+            user.start()
+        for user in users:
+            user.join()
+        gc.collect()
+        print(other.dispose().charged > 0, other.state.value)
+        """.replace("NAME", repr(name))
+    )
+    assert out.strip() == "True disposed"

@@ -314,11 +314,20 @@ def test_the_number_of_native_threads_is_a_setting(fresh_process: Any, count: in
         """
         import threading
         import ebbtide
+        from ebbtide.cancellation import CancelToken
+        from ebbtide.runtime import native_threads
         with ebbtide.pipeline("embeddings", MODEL) as pipe:
-            pipe(["tide"] * 4, batch_size=1)
+            go = threading.Event()
+            job = lambda: native_threads.submit(go.wait, CancelToken("a"), lambda: None)
+            jobs = [job() for _ in range(5)]
+            while len(native_threads._threads) < COUNT:
+                pass
+            go.set()
+            for job in jobs:
+                job.wait()
             names = [one.name for one in threading.enumerate()]
         print(sum(name.startswith("ebbtide-native") for name in names))
-        """,
+        """.replace("COUNT", str(count)),
         EBBTIDE_NATIVE_THREADS=str(count),
     )
     assert seen.strip() == str(count)

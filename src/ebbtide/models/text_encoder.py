@@ -94,10 +94,10 @@ class TextEncoder:
         )
         runtime.start()
         tokenizer = Tokenizer.load(files, config, lifecycle.label)
-        lifecycle.resources.append(tokenizer.lease)
+        lifecycle.own(tokenizer.lease)
         token.check()
         session = _session(file, device, options.session_options, token)
-        lifecycle.resources.append(session)
+        lifecycle.own(session)
         assert session.value is not None
         _check_inputs(session.value.inputs, files.name)
         return cls(

@@ -26,6 +26,8 @@ Pooling = Literal[
 Precision = Literal["binary", "ubinary"]
 Vectors = NDArray[Any]
 
+_POOLINGS: Final[tuple[str, ...]] = get_args(Pooling)
+_PRECISIONS: Final[tuple[str, ...]] = get_args(Precision)
 _OPTIONS: Final = ("pooling", "normalize", "quantize", "precision", "batch_size")
 
 
@@ -154,10 +156,10 @@ class FeatureExtractionPipeline(Pipeline):
         precision: str,
         batch_size: int,
     ) -> _Options:
-        if pooling not in get_args(Pooling):
-            raise unknown_value("pooling", pooling, get_args(Pooling))
-        if precision not in get_args(Precision):
-            raise unknown_value("precision", precision, get_args(Precision))
+        if pooling not in _POOLINGS:
+            raise unknown_value("pooling", pooling, _POOLINGS)
+        if precision not in _PRECISIONS:
+            raise unknown_value("precision", precision, _PRECISIONS)
         for name, value in (("quantize", quantize), ("normalize", normalize)):
             if not isinstance(value, bool) and not (value is None and name == "normalize"):
                 raise OptionError(f"{name} takes True or False, not {value!r}.", option=name)

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import CancelToken, OneShot, finished, own_thread
+from ebbtide.cancellation import CancelToken, OneShot, own_thread, told
 from ebbtide.lifecycle import on_fork
 from ebbtide.memory import cgroup
 from ebbtide.memory.allocator import allocator
@@ -28,6 +28,10 @@ ResultT = TypeVar("ResultT")
 
 _MOST_THREADS = 8
 """Beyond this, more runs at once give no more throughput and hold more working memory."""
+
+
+_MOST_IDLE = 1024
+"""As many as there can be threads."""
 
 
 def cpu_count() -> int:
@@ -119,7 +123,7 @@ class Job(Generic[ResultT]):
     async def _aresult(self) -> ResultT:
         import asyncio
 
-        done = asyncio.ensure_future(finished(self.on_done))
+        done = told(self.on_done)  # a future and no task: who cancels all tasks cannot cut it short
         cancelled: asyncio.CancelledError | None = None
         while not done.done():
             try:
@@ -169,8 +173,8 @@ class NativeThreads:
         """In a forked child: there are no threads here."""
         self._queue: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._most = settings.native_threads or min(_MOST_THREADS, max(2, cpu_count()))
-        self._idle: collections.deque[None] = collections.deque(maxlen=self._most)
+        self._most = 0
+        self._idle: collections.deque[None] = collections.deque(maxlen=_MOST_IDLE)
 
     def _start_one(self) -> None:
         """Start a thread; on the reaper's, since starting one takes locks of Python's."""
@@ -207,6 +211,9 @@ class NativeThreads:
         except IndexError:
             idle = False
         self._queue.put(job)
+        if not self._most:
+            self._most = settings.native_threads or min(_MOST_THREADS, max(2, cpu_count()))
+            reaper.start()
         if not idle and len(self._threads) < self._most:
             reaper.later(self._start_one)
         return job
