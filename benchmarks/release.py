@@ -314,8 +314,8 @@ def threads(options: argparse.Namespace) -> dict[str, Any]:
         side.ask("threads ended")
     floors = {name: side.ask("cycle")["after"] for name, side in sides.items()}
     result: dict[str, Any] = {}
-    print(f"\nafter {USER_THREADS} user threads ran changing shapes, while the caller still holds the"
-          "\npipeline, its tokenizer, an output and a caught exception: MB kept, and share")  # fmt: skip
+    print(f"\nafter {USER_THREADS} user threads ran changing shapes, while the caller still holds")
+    print("the pipeline, its tokenizer, an output and a caught exception: MB kept, and share")
     for state in ("alive", "ended"):
         for name, side in sides.items():
             found = [kept(side.ask(f"threads {state}"), floors[name]) for _ in range(5)]

@@ -133,7 +133,7 @@ class Pipeline(Disposable):
 def _charged(
     work: Callable[[CancelToken], Array], token: CancelToken, lifecycle: Lifecycle
 ) -> Array:
-    """Run a call, and charge its pipeline for what it adds to the process (two reads of some 10 us)."""
+    """Run a call, and charge its pipeline for what it adds to the process: two reads of 10 us."""
     window = activity.begin().measure()
     size = 0
     try:
