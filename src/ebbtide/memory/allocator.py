@@ -2,7 +2,7 @@
 
 On glibc `malloc_trim(0)` gives back the free pages inside every arena and the top of the main
 one. It does not give back the tops of the other arenas, which are what threads allocate from:
-after native runs on sixteen threads 68 to 231 MB stayed there. A top shrinks only when a chunk of
+after native runs on sixteen threads 62 to 231 MB stayed there. A top shrinks only when a chunk of
 64 kB or more is freed in its arena while the top is larger than `M_TRIM_THRESHOLD`. So every
 thread that runs native code for Ebbtide keeps one chunk of its arena, its *ballast*, and `trim`
 frees these chunks with the threshold lowered. The thread takes a new one before its next job; until

@@ -4,7 +4,8 @@ Memory that a native run frees stays in the malloc arena of the thread it ran on
 come and go and cannot be trimmed (`ebbtide.memory.allocator`), so no native code runs on them: a
 call is a job, handed to one of a few threads of ours, and its caller waits. That also bounds how
 many runs hold their working memory at once, lets Ctrl-C reach a caller in the middle of a native
-run, and gives sync and async callers the same path. The handover costs some 20 microseconds.
+run, and gives sync and async callers the same path. The handover costs two wake-ups of a thread: 25
+microseconds in a loop, some 100 to 170 where each side has gone to sleep.
 """
 
 from __future__ import annotations
