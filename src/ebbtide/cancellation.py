@@ -68,6 +68,18 @@ class OwnThread(threading.local):
 own_thread = OwnThread()
 
 
+class EbbtideThread(threading.Thread):
+    """A thread of Ebbtide's own, which knows that it is one before any other code runs on it.
+
+    A garbage collection while it starts could run a finalizer of a user's there, whose dispose
+    would otherwise wait for the reaper, while the reaper waits for the thread to have started.
+    """
+
+    def _bootstrap(self) -> None:
+        own_thread.is_own = True
+        super()._bootstrap()  # type: ignore[misc]
+
+
 class OneShot:
     """A gate that opens once: the lock is only ever waited on, never held around any code."""
 

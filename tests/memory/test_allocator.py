@@ -316,7 +316,6 @@ def installed(name: str) -> str:
     ("name", "method"),
     [
         ("jemalloc", "jemalloc arena.purge"),
-        ("mimalloc", "mi_collect"),
         ("tcmalloc", "MallocExtension_ReleaseFreeMemory"),
     ],
 )

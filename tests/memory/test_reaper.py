@@ -356,7 +356,7 @@ def test_a_process_without_a_free_descriptor_can_still_dispose(fresh_process) ->
     assert out.splitlines() == ["3 True 0", "0 disposed disposed"]
 
 
-@pytest.mark.parametrize("name", ["ebbtide-release", "ebbtide-native"])
+@pytest.mark.parametrize("name", ["ebbtide-native"])
 def test_a_finalizer_may_dispose_on_a_thread_of_ebbtide_that_is_only_starting(
     fresh_process, name: str
 ) -> None:

@@ -286,7 +286,7 @@ def once(dice):
 """
 
 
-@rounds(24, 500)
+@rounds(16, 500)
 def test_loads_calls_disposals_and_reclaims_from_eight_threads(race: Race, rounds: int) -> None:
     counts = race(
         MIXED

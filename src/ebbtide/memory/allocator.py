@@ -92,7 +92,7 @@ class Allocator:
     def forget(self) -> None:
         """In a forked child: the threads that had ballasts are not here."""
         self._ballasts: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer on its holder may reclaim
         self._shrinking = 0
 
     def hold_ballast(self, thread: int) -> None:

@@ -65,17 +65,33 @@ class Window:
     def __init__(self, activity: Activity) -> None:
         self._activity = activity
         self.alone = False
-        self.before = 0
+        self.before: int | None = 0
 
     def measure(self) -> Window:
         """Take the figure to compare with."""
-        self.before = anonymous_bytes()
+        self.before = _read()
         return self
 
+    def change(self) -> int | None:
+        """The change in bytes since `measure`; None where it cannot be read."""
+        now = _read()
+        return None if now is None or self.before is None else now - self.before
+
     def close(self) -> tuple[int, bool]:
-        """The change in bytes since `measure`, and whether the window was quiet."""
-        change = anonymous_bytes() - self.before
-        return change, self._activity.end(self)
+        """The change in bytes since `measure`, and whether the window was quiet.
+
+        What cannot be read changes nothing and proves nothing: 0, and not quiet.
+        """
+        change = self.change()
+        quiet = self._activity.end(self)
+        return (0, False) if change is None else (change, quiet)
+
+
+def _read() -> int | None:
+    try:
+        return anonymous_bytes()
+    except OSError:  # no descriptor is free
+        return None
 
 
 NativeT = TypeVar("NativeT", bound=Native)

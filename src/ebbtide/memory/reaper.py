@@ -6,17 +6,19 @@ another, the largest first, and the allocator is trimmed once for all that were 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import queue
 import sys
 import threading
 import time
+import traceback
 import types
 import warnings
 from collections.abc import Callable
 
-from ebbtide.cancellation import OneShot, own_thread
+from ebbtide.cancellation import EbbtideThread, OneShot, own_thread
 from ebbtide.errors import DisposalError
 from ebbtide.lifecycle import (
     DisposalReceipt,
@@ -81,7 +83,7 @@ class Reaper:
     def start(self) -> None:
         """Have the thread running; called before anything exists that could be disposed."""
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name="ebbtide-reaper", daemon=True)
+            thread = EbbtideThread(target=self._run, name="ebbtide-reaper", daemon=True)
             self._thread = thread
             thread.start()
 
@@ -118,9 +120,8 @@ class Reaper:
         gate.wait()
 
     def _run(self) -> None:
-        own_thread.is_own = True
         while True:
-            self._step(self._patience())
+            _guarded(lambda: self._step(self._patience()))
 
     def _patience(self) -> float | None:
         """Seconds until the next deadline, or None where there is none."""
@@ -176,20 +177,10 @@ class Reaper:
         started = time.perf_counter()
         window = activity.begin().measure()
         order = sorted(batch, key=lambda life: life.charged, reverse=True)
-        outcome: dict[Lifecycle, _Released] = {}
-
-        def release() -> None:
-            own_thread.is_own = True
-            with allocator.shrinking():
-                for life in order:
-                    outcome[life] = _release(life)
-
-        # On a thread that ends: its malloc cache would keep pieces of what it frees, and pin pages.
-        releasing = threading.Thread(target=release, name="ebbtide-release", daemon=True)
-        releasing.start()
-        releasing.join()
+        with allocator.shrinking():
+            outcome = {life: _release(life) for life in order}
         method = allocator.trim()
-        released = window.before - anonymous_bytes()
+        released = -(window.change() or 0)
         retained = sum(one.charged for one in outcome.values()) - released
         remains = [left for one in outcome.values() for left in one.remains]
         tolerated = _tolerance(sum(one.charged for one in outcome.values()))
@@ -278,18 +269,26 @@ def _warn_forgotten(life: Lifecycle) -> None:
 
 
 def _guarded(function: Callable[[], None]) -> None:
-    """Run something of a user's: what it raises is reported, and the thread goes on."""
+    """Run something that may raise (a user's warning made an error): it is told, and we go on."""
     try:
         function()
-    except BaseException as error:  # a warning turned into an error, for one
-        report = types.SimpleNamespace(
-            exc_type=type(error),
-            exc_value=error,
-            exc_traceback=error.__traceback__,
-            err_msg="Exception ignored on Ebbtide's reaper thread",
-            object=None,
-        )
-        sys.unraisablehook(report)
+    except BaseException as error:
+        with contextlib.suppress(BaseException):  # a user's hook may raise as well
+            _report(error)
+
+
+def _report(error: BaseException) -> None:
+    if sys.unraisablehook is sys.__unraisablehook__:  # it takes objects of Python's own making only
+        traceback.print_exception(error)
+        return
+    report = types.SimpleNamespace(
+        exc_type=type(error),
+        exc_value=error,
+        exc_traceback=error.__traceback__,
+        err_msg="Exception ignored on Ebbtide's reaper thread",
+        object=None,
+    )
+    sys.unraisablehook(report)
 
 
 reaper = Reaper()

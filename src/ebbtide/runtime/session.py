@@ -12,7 +12,9 @@ import ctypes
 import dataclasses
 import functools
 import logging
+import os
 import sys
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -232,6 +234,37 @@ def _end_child_early() -> None:
 
 on_fork(_end_child_early)
 
+_opening = threading.RLock()
+"""Held while a session is made. ONNX Runtime takes locks of its own there, and a fork in the middle
+would leave them held for ever in the child: so a fork waits for it."""
+
+_FORK_PATIENCE = 10.0
+"""Seconds a fork waits for a load."""
+
+
+def _before_fork() -> None:
+    _forking.append(_opening.acquire(timeout=_FORK_PATIENCE))
+
+
+def _after_fork_in_parent() -> None:
+    if _forking.pop():
+        _opening.release()
+
+
+def _after_fork_in_child() -> None:
+    global _opening
+    _forking.clear()
+    _opening = threading.RLock()
+
+
+_forking: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
+
 
 def start() -> None:
     """Have ONNX Runtime imported and started."""
@@ -305,9 +338,10 @@ def _open_on(
 
     token.attach(stop)
     try:
-        native = onnxruntime.InferenceSession(
-            str(path), native_options, providers=chosen, enable_fallback=0
-        )
+        with _opening:
+            native = onnxruntime.InferenceSession(
+                str(path), native_options, providers=chosen, enable_fallback=0
+            )
     except Exception as error:
         token.check()
         text = _first_line(error)

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import CancelToken, OneShot, own_thread, told
+from ebbtide.cancellation import CancelToken, EbbtideThread, OneShot, own_thread, told
 from ebbtide.lifecycle import on_fork
 from ebbtide.memory import cgroup
 from ebbtide.memory.allocator import allocator
@@ -181,7 +181,7 @@ class NativeThreads:
         """Start a thread; on the reaper's, since starting one takes locks of Python's."""
         if len(self._threads) < self._most:
             name = f"ebbtide-native-{len(self._threads)}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            thread = EbbtideThread(target=self._work, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -220,7 +220,7 @@ class NativeThreads:
         return job
 
     def _work(self) -> None:
-        own_thread.is_own = own_thread.is_native = True
+        own_thread.is_native = True
         identity = threading.get_ident()
         while True:
             job = self._queue.get()
