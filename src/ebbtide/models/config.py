@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ebbtide.errors import LoadError
 from ebbtide.hub import ModelFiles
 
 _POSITIONS_AFTER_PADDING: Final = frozenset(
@@ -58,11 +59,22 @@ class ModelConfig:
         return cls(
             model_type=str(raw.get("model_type", "")),
             positions=_positions(raw),
-            dtypes=hints.get("dtype"),
-            devices=hints.get("device"),
+            dtypes=_by_file(hints.get("dtype"), "dtype", files),
+            devices=_by_file(hints.get("device"), "device", files),
             external_data=hints.get("use_external_data_format") or False,
             raw=raw,
         )
+
+
+def _by_file(value: Any, key: str, files: ModelFiles) -> str | Mapping[str, str] | None:
+    if value is None or isinstance(value, str | Mapping):
+        return value
+    path = str(files.find("config.json"))
+    raise LoadError(
+        f"{path}: its transformers.js_config has a {key} that is neither a name nor a map from"
+        f" file to name: {value!r}.",
+        path=path,
+    )
 
 
 def _of_file(declared: str | Mapping[str, str] | None, file: str) -> str | None:
