@@ -71,7 +71,7 @@ def _by_file(value: Any, key: str, files: ModelFiles) -> str | Mapping[str, str]
         return value
     path = str(files.find("config.json"))
     raise LoadError(
-        f"{path}: its transformers.js_config has a {key} that is neither a name nor a map from"
+        f"{path}: the config's {key} (in transformers.js_config) is neither a name nor a map from"
         f" file to name: {value!r}.",
         path=path,
     )
