@@ -275,11 +275,13 @@ class Lifecycle:
     ) -> None:
         """The disposer's last word: the end state, and the receipt for everyone who waits."""
         self.state = state
-        self.release_rest()
-        self.error = error
-        self.receipt = receipt
-        _live.pop(id(self), None)
-        self._tell()
+        try:
+            self.release_rest()
+        finally:
+            self.error = error
+            self.receipt = receipt
+            _live.pop(id(self), None)
+            self._tell()
 
     def _tell(self) -> None:
         while True:

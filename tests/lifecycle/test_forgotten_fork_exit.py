@@ -173,7 +173,7 @@ def test_a_child_of_a_bare_fork_ends_normally_with_its_own_status(
     assert lines.count("printed by the child") == 6
     assert [one for one in lines if one.isdigit()] == ["0", "1", "2", "3", "4", "1"]
     assert "PipelineInheritedError" in out
-    assert lines[-1] in {"(1, 32) True", "(1, 32) False"} or "(1, 32)" in out
+    assert "(1, 32)" in out
 
 
 def test_a_fork_while_other_threads_call_and_load_leaves_a_child_that_works(

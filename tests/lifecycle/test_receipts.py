@@ -65,7 +65,7 @@ def test_where_other_work_overlaps_the_proof_is_structural(waiting, call, tiny_b
     running = call(busy)
     session.entered.acquire()
     with ebbtide.pipeline("feature-extraction", tiny_bert) as pipe:
-        assert not pipe.memory.quiet or pipe.memory.holdings
+        assert not pipe.memory.quiet
     receipt = pipe.dispose()
     assert not receipt.quiet
     assert receipt.verified
@@ -108,13 +108,14 @@ def test_a_full_collection_runs_only_where_bytes_stayed(
 ) -> None:
     collections: list[None] = []
     monkeypatch.setattr(reaper_module.gc, "collect", lambda: collections.append(None))
-    for _ in range(3):
+    for _ in range(3):  # what libraries set up at their first use is over by the third
+        collections.clear()
         pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
         pipe("the sea", pooling="mean")
         receipt = pipe.dispose()
-    assert ("gc.collect" in receipt.method) == bool(collections) or len(collections) <= 2
+    assert collections == []
+    assert "gc.collect" not in receipt.method
 
-    collections.clear()
     for allowed in (False, True):
         pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
         core = pipe._model._session.value._native._sess
@@ -136,7 +137,7 @@ def test_a_collection_frees_what_a_cycle_pinned(tiny_bert: Path) -> None:
         gc.enable()
     assert "gc.collect" in receipt.method
     assert not [one for one in receipt.reasons if "referenced" in one]
-    assert receipt.verified or receipt.retained > 0
+    assert receipt.verified
 
 
 def test_disposing_one_of_two_owners_releases_nothing_and_says_so(tiny_bert: Path) -> None:

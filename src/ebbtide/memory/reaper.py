@@ -48,7 +48,6 @@ class _Draining:
     deadline: float
     collect: bool
     cancelled: bool = False
-    drained_at: float = 0.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -187,6 +186,7 @@ class Reaper:
         may_collect = all(one.collect for one in batch.values())
         if may_collect and (retained > tolerated or pinned(remains)):
             gc.collect()
+            pinned(remains)  # what the collection let go is freed here, before the trim
             allocator.trim()
             method += ", gc.collect"
         change, quiet = window.close()
@@ -233,9 +233,10 @@ def _release(life: Lifecycle) -> _Released:
 def _receipt(
     one: _Released, released: int, *, quiet: bool, duration: float, method: str
 ) -> DisposalReceipt:
-    reasons = [*one.reasons, *pinned(one.remains)]
+    held = pinned(one.remains)
+    reasons = [*one.reasons, *held]
     retained = min(one.charged, max(0, one.charged - released))
-    sound = not one.remains and not one.errors
+    sound = not held and not one.errors
     if quiet:
         verified = sound and retained <= _tolerance(one.charged)
         if sound and not verified:
