@@ -173,7 +173,7 @@ class Side:
         feeds = hand.feeds()
         mask = feeds["attention_mask"]
         batch = pipe.tokenizer.batch([TEXT])
-        hidden = encoder.forward(batch, CancelToken("part"))
+        (hidden,) = encoder.forward(batch, CancelToken("part"))
 
         def nothing() -> None:
             return None

@@ -62,7 +62,8 @@ class Ebbtide:
             self.held = [self.pipe, self.pipe.tokenizer, output, error]
 
     def dispose(self) -> bool:
-        return self.pipe.dispose().verified
+        verified: bool = self.pipe.dispose().verified
+        return verified
 
 
 class Raw:

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     )
     from ebbtide.factory import apipeline, pipeline
     from ebbtide.lifecycle import DisposalReceipt, State, dispose_all, live
-    from ebbtide.pipelines import FeatureExtractionPipeline, Pipeline, PipelineMemory
+    from ebbtide.pipelines import (
+        FeatureExtractionPipeline,
+        FillMaskPipeline,
+        Pipeline,
+        PipelineMemory,
+        QuestionAnsweringPipeline,
+        TextClassificationPipeline,
+        TokenClassificationPipeline,
+        ZeroShotClassificationPipeline,
+    )
     from ebbtide.runtime import SessionOptions
 
 __version__ = "0.1.0"
@@ -61,8 +70,13 @@ _HOMES = {
     "dispose_all": "lifecycle",
     "live": "lifecycle",
     "FeatureExtractionPipeline": "pipelines",
+    "FillMaskPipeline": "pipelines",
     "Pipeline": "pipelines",
     "PipelineMemory": "pipelines",
+    "QuestionAnsweringPipeline": "pipelines",
+    "TextClassificationPipeline": "pipelines",
+    "TokenClassificationPipeline": "pipelines",
+    "ZeroShotClassificationPipeline": "pipelines",
     "SessionOptions": "runtime",
     "settings": "_settings",
 }
@@ -74,6 +88,7 @@ __all__ = [
     "DisposalReceipt",
     "EbbtideError",
     "FeatureExtractionPipeline",
+    "FillMaskPipeline",
     "InputError",
     "LoadError",
     "MissingExtraError",
@@ -85,10 +100,14 @@ __all__ = [
     "PipelineDisposedError",
     "PipelineInheritedError",
     "PipelineMemory",
+    "QuestionAnsweringPipeline",
     "RunError",
     "SessionOptions",
     "State",
+    "TextClassificationPipeline",
+    "TokenClassificationPipeline",
     "UnsupportedModelError",
+    "ZeroShotClassificationPipeline",
     "__version__",
     "apipeline",
     "dispose_all",

@@ -102,6 +102,30 @@ class OneShot:
         self._lock.release()
 
 
+async def patiently(
+    subscribe: Callable[[Callable[[], None]], None], cancel: Callable[[], None]
+) -> None:
+    """Wait for the callback ``subscribe`` gets, on an event loop, and through a cancellation.
+
+    Args:
+        subscribe: As for `told`.
+        cancel: Called when the task is cancelled meanwhile, to make the end come soon.
+
+    Raises:
+        asyncio.CancelledError: The task was cancelled; what was waited for has ended all the same.
+    """
+    done = told(subscribe)  # a future and no task: who cancels all tasks cannot cut it short
+    cancelled: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            cancel()
+    if cancelled is not None:
+        raise cancelled
+
+
 def told(subscribe: Callable[[Callable[[], None]], None]) -> asyncio.Future[None]:
     """A future of the running event loop, done once the callback ``subscribe`` gets is called."""
     loop = asyncio.get_running_loop()

@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, Never
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import CancelToken
+from ebbtide.cancellation import CancelToken, patiently
 from ebbtide.errors import PipelineCancelledError, unknown_option
 from ebbtide.hub import resolve
 from ebbtide.lifecycle import Lifecycle, State, creation_site, end_of_process
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.onnx_files import ByFile, ExternalData
-from ebbtide.models.sentence import read_recipe
 from ebbtide.models.text_encoder import LoadOptions, TextEncoder
-from ebbtide.pipelines import FeatureExtractionPipeline, find
+from ebbtide.pipelines import Pipeline, find
 from ebbtide.runtime import Job, SessionOptions, native_threads
 
 _OPTIONS: Final = (
@@ -24,7 +23,7 @@ _OPTIONS: Final = (
     "session_options",
 )  # fmt: skip
 
-_Made = Callable[[Lifecycle], FeatureExtractionPipeline]
+_Made = Callable[[Lifecycle], Pipeline]
 
 
 def pipeline(
@@ -38,7 +37,7 @@ def pipeline(
     use_external_data_format: ExternalData = None,
     session_options: SessionOptions | Mapping[str, object] | None = None,
     **unknown: Never,
-) -> FeatureExtractionPipeline:
+) -> Any:
     """Load a model, and make a pipeline of it.
 
     Args:
@@ -76,13 +75,13 @@ def pipeline(
     """
     for option in unknown:
         raise unknown_option(option, ("model", *_OPTIONS), where="pipeline()")
-    lifecycle, job = _load(
+    lifecycle, load = _prepare(
         task, model, device=device, dtype=dtype, subfolder=subfolder,
         model_file_name=model_file_name, use_external_data_format=use_external_data_format,
         session_options=session_options,
     )  # fmt: skip
     try:
-        return _wrapped(lifecycle, job.wait())
+        return _wrapped(lifecycle, load().wait())
     except BaseException:
         lifecycle.request(cancel=True)
         lifecycle.wait()
@@ -100,34 +99,34 @@ async def apipeline(
     use_external_data_format: ExternalData = None,
     session_options: SessionOptions | Mapping[str, object] | None = None,
     **unknown: Never,
-) -> FeatureExtractionPipeline:
+) -> Any:
     """The same as `pipeline`, without blocking the event loop.
 
     Cancelling the task cancels the load, and what it had loaded is released before this raises.
     """
     for option in unknown:
         raise unknown_option(option, ("model", *_OPTIONS), where="apipeline()")
-    lifecycle, job = _load(
+    lifecycle, load = _prepare(
         task, model, device=device, dtype=dtype, subfolder=subfolder,
         model_file_name=model_file_name, use_external_data_format=use_external_data_format,
         session_options=session_options,
     )  # fmt: skip
     try:
-        return _wrapped(lifecycle, await job.result())
+        return _wrapped(lifecycle, await load().result())
     except BaseException:
         lifecycle.request(cancel=True)
-        lifecycle.wait()
+        await patiently(lifecycle.on_finished, lambda: None)
         raise
 
 
-def _load(
+def _prepare(
     task: str,
     model: str | os.PathLike[str] | None,
     *,
     session_options: SessionOptions | Mapping[str, object] | None,
     **options: Any,
-) -> tuple[Lifecycle, Job[_Made]]:
-    """Check what can be checked at once, and hand the load to a native thread."""
+) -> tuple[Lifecycle, Callable[[], Job[_Made]]]:
+    """Check what can be checked at once; what comes back hands the load to a native thread."""
     chosen = find(task)
     load_options = LoadOptions(session_options=SessionOptions.of(session_options), **options)
     named = "the default model" if model is None else str(model)
@@ -139,14 +138,14 @@ def _load(
 
     def load() -> _Made:
         files = resolve(model, task=chosen.name, default=chosen.default_model)
-        recipe = read_recipe(files)
-        encoder = TextEncoder.load(files, load_options, lifecycle, token)
-        return lambda life: FeatureExtractionPipeline(life, encoder, recipe)
+        encoder = TextEncoder.load(files, load_options, chosen.pipeline.outputs, lifecycle, token)
+        about = chosen.pipeline.read(files, encoder)
+        return lambda life: chosen.pipeline(life, encoder, about)
 
-    return lifecycle, native_threads.submit(load, token, lambda: lifecycle.leave(token))
+    return lifecycle, lambda: native_threads.submit(load, token, lambda: lifecycle.leave(token))
 
 
-def _wrapped(lifecycle: Lifecycle, made: _Made) -> FeatureExtractionPipeline:
+def _wrapped(lifecycle: Lifecycle, made: _Made) -> Pipeline:
     if lifecycle.state is not State.LOADING:
         raise PipelineCancelledError(
             f"{lifecycle.label} was cancelled while it loaded.", pipeline=lifecycle.label

@@ -439,7 +439,7 @@ def _forgotten(lifecycle: Lifecycle) -> None:
 
 def creation_site() -> tuple[str, int]:
     """The file and line of the first caller that is not Ebbtide's own code."""
-    here = os.path.dirname(__file__)
+    here = os.path.dirname(__file__) + os.sep
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame = frame.f_back

@@ -16,7 +16,7 @@ from ebbtide.lifecycle import Lifecycle, State, creation_site
 from ebbtide.memory.ledger import ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.config import ModelConfig
-from ebbtide.models.text_encoder import TextEncoder
+from ebbtide.models.text_encoder import FEATURES, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.pipelines import FeatureExtractionPipeline
 from ebbtide.runtime import TensorInfo, native_threads
@@ -73,14 +73,15 @@ def make(session: WaitingSession, folder: Path) -> FeatureExtractionPipeline:
     token = CancelToken("load")
 
     def load() -> TextEncoder:
-        tokenizer = Tokenizer.load(files, config, lifecycle.label)
-        lease = ledger.acquire(id(session), "session", lambda: session)
+        tokenizer = Tokenizer.load(files, config, token)
+        lease = ledger.acquire(id(session), "session", lambda: session, CancelToken("test"))
         lifecycle.resources += [tokenizer.lease, lease]
         return TextEncoder(
             name="waiting",
             config=config,
             tokenizer=tokenizer,
             session=lease,
+            outputs=FEATURES,
             dtype="fp32",
             label=lifecycle.label,
         )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebbtide.cancellation import CancelToken
 from ebbtide.memory import ledger as ledger_module
 from ebbtide.memory.ledger import Activity, Ledger
 
@@ -101,7 +102,7 @@ def test_a_load_is_charged_what_the_process_grew_by(figures: Figures) -> None:
         return Native()
 
     ledger = Ledger(Activity())
-    lease = ledger.acquire("key", "session", load)
+    lease = ledger.acquire("key", "session", load, CancelToken("test"))
     assert (lease.charge, lease.holding.quiet, lease.holding.owners) == (400, True, 1)
 
 
@@ -110,7 +111,7 @@ def test_a_load_that_makes_the_process_smaller_is_charged_nothing(figures: Figur
         figures.now -= 400
         return Native()
 
-    assert Ledger(Activity()).acquire("key", "session", load).charge == 0
+    assert Ledger(Activity()).acquire("key", "session", load, CancelToken("test")).charge == 0
 
 
 def test_a_disturbed_load_is_charged_by_an_earlier_quiet_one(figures: Figures) -> None:
@@ -120,21 +121,21 @@ def test_a_disturbed_load_is_charged_by_an_earlier_quiet_one(figures: Figures) -
 
     activity = Activity()
     ledger = Ledger(activity)
-    ledger.acquire("key", "session", lambda: load(400)).release()
+    ledger.acquire("key", "session", lambda: load(400), CancelToken("test")).release()
     other = activity.begin()
-    disturbed = ledger.acquire("key", "session", lambda: load(9000))
+    disturbed = ledger.acquire("key", "session", lambda: load(9000), CancelToken("test"))
     assert (disturbed.charge, disturbed.holding.quiet) == (400, False)
-    unknown = ledger.acquire("other key", "session", lambda: load(700))
+    unknown = ledger.acquire("other key", "session", lambda: load(700), CancelToken("test"))
     assert (unknown.charge, unknown.holding.quiet) == (700, False)
-    another_kind = ledger.acquire("key", "tokenizer", lambda: load(50))
+    another_kind = ledger.acquire("key", "tokenizer", lambda: load(50), CancelToken("test"))
     assert another_kind.charge == 50
     disturbed.release()
     activity.end(other)
-    again = ledger.acquire("key", "session", lambda: load(500))
+    again = ledger.acquire("key", "session", lambda: load(500), CancelToken("test"))
     assert (again.charge, again.holding.quiet) == (500, True)
     again.release()
     activity.begin()
-    assert ledger.acquire("key", "session", lambda: load(1)).charge == 500
+    assert ledger.acquire("key", "session", lambda: load(1), CancelToken("test")).charge == 500
 
 
 def test_a_load_that_another_thing_began_in_is_not_quiet(figures: Figures) -> None:
@@ -144,13 +145,15 @@ def test_a_load_that_another_thing_began_in_is_not_quiet(figures: Figures) -> No
         activity.end(activity.begin())
         return Native()
 
-    assert not Ledger(activity).acquire("key", "session", load).holding.quiet
+    assert not Ledger(activity).acquire("key", "session", load, CancelToken("test")).holding.quiet
 
 
 def test_equal_keys_are_one_thing_until_its_last_owner_gives_it_up(figures: Figures) -> None:
     ledger = Ledger(Activity())
     native = Native()
-    leases = [ledger.acquire("key", "session", lambda: native) for _ in range(3)]
+    leases = [
+        ledger.acquire("key", "session", lambda: native, CancelToken("test")) for _ in range(3)
+    ]
     assert [lease.shared_with() for lease in leases] == [2, 2, 2]
     assert all(lease.value is native for lease in leases)
     for left, lease in ((2, leases[0]), (1, leases[2])):
@@ -161,7 +164,7 @@ def test_equal_keys_are_one_thing_until_its_last_owner_gives_it_up(figures: Figu
     leases[1].release()
     assert native.closed == 1
     assert ledger._entries == {}
-    assert ledger.acquire("key", "session", Native).value is not native
+    assert ledger.acquire("key", "session", Native, CancelToken("test")).value is not native
 
 
 def test_only_a_sole_owner_is_charged(figures: Figures) -> None:
@@ -170,8 +173,8 @@ def test_only_a_sole_owner_is_charged(figures: Figures) -> None:
         return Native()
 
     ledger = Ledger(Activity())
-    first = ledger.acquire("key", "session", load)
-    second = ledger.acquire("key", "session", load)
+    first = ledger.acquire("key", "session", load, CancelToken("test"))
+    second = ledger.acquire("key", "session", load, CancelToken("test"))
     assert (first.charge, second.charge) == (0, 0)
     first.release()
     assert second.charge == 400
@@ -185,10 +188,10 @@ def test_a_load_that_fails_leaves_nothing_behind(figures: Figures, error: BaseEx
     activity = Activity()
     ledger = Ledger(activity)
     with pytest.raises(type(error)):
-        ledger.acquire("key", "session", fail)
+        ledger.acquire("key", "session", fail, CancelToken("test"))
     assert ledger._entries == {}
     assert activity._active == {}
-    assert ledger.acquire("key", "session", Native).holding.quiet
+    assert ledger.acquire("key", "session", Native, CancelToken("test")).holding.quiet
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -210,7 +213,7 @@ def test_a_load_whose_memory_cannot_be_read_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(ledger_module, "anonymous_bytes", failing)
         try:
-            lease = ledger.acquire("key", "session", lambda: native)
+            lease = ledger.acquire("key", "session", lambda: native, CancelToken("test"))
         except OSError:
             assert native.closed == (moment == "after")
         else:
@@ -231,7 +234,7 @@ def test_whoever_waits_for_a_load_that_fails_tries_for_themselves(figures: Figur
 
     def first() -> None:
         try:
-            ledger.acquire("key", "session", fail)
+            ledger.acquire("key", "session", fail, CancelToken("test"))
         except ValueError as error:
             outcomes.append(error)
 
@@ -247,7 +250,11 @@ def test_whoever_waits_for_a_load_that_fails_tries_for_themselves(figures: Figur
 
     for _ in range(4):
         threads.append(
-            threading.Thread(target=lambda: leases.append(ledger.acquire("key", "session", load)))
+            threading.Thread(
+                target=lambda: leases.append(
+                    ledger.acquire("key", "session", load, CancelToken("test"))
+                )
+            )
         )
         threads[-1].start()
     go.set()
@@ -261,8 +268,8 @@ def test_whoever_waits_for_a_load_that_fails_tries_for_themselves(figures: Figur
 def test_in_a_forked_child_a_lease_leaks_its_native_and_frees_nothing(figures: Figures) -> None:
     native = Native()
     ledger = Ledger(Activity())
-    lease = ledger.acquire("key", "session", lambda: native)
+    lease = ledger.acquire("key", "session", lambda: native, CancelToken("test"))
     ledger.forget()
     lease.leak()
     assert (native.leaked, native.closed) == (1, 0)
-    assert ledger.acquire("key", "session", Native).value is not native
+    assert ledger.acquire("key", "session", Native, CancelToken("test")).value is not native

@@ -13,12 +13,12 @@ import ebbtide
 from ebbtide.cancellation import CancelToken
 from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.models.config import ModelConfig
-from ebbtide.models.text_encoder import TextEncoder
+from ebbtide.models.text_encoder import FEATURES, TextEncoder
 from ebbtide.models.tokenizer import Batch, Tokenizer
 from ebbtide.runtime import TensorInfo
 from ebbtide.runtime.fake import FakeSession
 
-CONFIG = ModelConfig("bert", None, None, None, False, {})
+CONFIG = ModelConfig("bert", None, None, None, False, None, {})
 BATCH = Batch(
     np.array([[1, 2, 3], [0, 4, 5]]), np.array([[1, 1, 1], [0, 1, 1]]), np.array([[0] * 3] * 2)
 )
@@ -37,13 +37,14 @@ def encoder(inputs: Mapping[str, str], *outputs: str) -> Iterator[tuple[TextEnco
         tuple(TensorInfo(name, "float32", ("n", "t", 4)) for name in outputs),
         function,
     )
-    lease: Lease[Any] = ledger.acquire(object(), "session", lambda: fake)
+    lease: Lease[Any] = ledger.acquire(object(), "session", lambda: fake, CancelToken("test"))
     try:
         made = TextEncoder(
             name="a/model",
             config=CONFIG,
             tokenizer=cast(Tokenizer, None),
             session=lease,
+            outputs=FEATURES,
             dtype="fp32",
             label="the test",
         )
@@ -85,12 +86,14 @@ def test_positions_count_from_the_first_token_that_is_no_padding() -> None:
 )
 def test_the_features_are_found_by_name(outputs: tuple[str, ...], used: int) -> None:
     with encoder({"input_ids": "int64"}, *outputs) as (made, _, _lease):
-        assert (made.forward(BATCH, CancelToken("test")) == used).all()
+        assert (made.forward(BATCH, CancelToken("test"))[0] == used).all()
 
 
 def test_a_graph_without_features_is_refused_by_what_it_gives() -> None:
     with (
-        pytest.raises(ebbtide.UnsupportedModelError, match=r"gives boxes, scores, and none of"),
+        pytest.raises(
+            ebbtide.UnsupportedModelError, match=r"gives boxes, scores, and this task needs"
+        ),
         encoder({"input_ids": "int64"}, "scores", "boxes"),
     ):
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import ebbtide
+from ebbtide.cancellation import CancelToken
 from ebbtide.hub import ModelFiles
 from ebbtide.models import tokenizer as room
 from ebbtide.models.config import ModelConfig
@@ -68,7 +69,7 @@ PIECES = [
 @contextmanager
 def loaded(folder: Path) -> Iterator[Tokenizer]:
     files = ModelFiles(name=str(folder), folder=folder)
-    made = Tokenizer.load(files, ModelConfig.read(files), "the test")
+    made = Tokenizer.load(files, ModelConfig.read(files), CancelToken("the test"))
     try:
         yield made
     finally:
@@ -198,9 +199,9 @@ def test_the_cut_path_is_really_taken(model: str, pair: Any) -> None:
     lengths: list[int] = []
     encode = native._encode
 
-    def watched(text: str) -> Any:
-        lengths.append(len(text))
-        return encode(text)
+    def watched(texts: Sequence[str]) -> Any:
+        lengths.extend(map(len, texts))
+        return encode(texts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_encode", watched)

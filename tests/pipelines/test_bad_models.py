@@ -152,7 +152,7 @@ BAD: dict[str, tuple[Edit, type[ebbtide.EbbtideError], tuple[str, ...]]] = {
     "a graph that gives scores": (
         graph("gives_scores"),
         ebbtide.UnsupportedModelError,
-        ("scores", "last_hidden_state", "export it for feature extraction"),
+        ("scores", "last_hidden_state", "export the model for this task"),
     ),
 }
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from ebbtide.cancellation import CancelToken
 from ebbtide.lifecycle import Remains, on_fork
 from ebbtide.memory.allocator import allocator
 from ebbtide.memory.probe import anonymous_bytes
@@ -104,11 +105,17 @@ class _Entry:
 
     key: Hashable
     kind: str
-    loaded: threading.Event
+    waiting: list[threading.Event] = dataclasses.field(default_factory=list)
     value: Native | None = None
     owners: int = 0
     charge: int = 0
     quiet: bool = False
+
+    def loaded(self) -> None:
+        """Wake who waits for the load; it has ended, well or not."""
+        for one in self.waiting:
+            one.set()
+        self.waiting.clear()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -188,7 +195,9 @@ class Ledger:
         self._lock = threading.Lock()
         self._entries: dict[Hashable, _Entry] = {}
 
-    def acquire(self, key: Hashable, kind: str, load: Callable[[], NativeT]) -> Lease[NativeT]:
+    def acquire(
+        self, key: Hashable, kind: str, load: Callable[[], NativeT], token: CancelToken
+    ) -> Lease[NativeT]:
         """Own the thing of this key: the one that is alive, or a new one from ``load``.
 
         Args:
@@ -196,20 +205,30 @@ class Ledger:
             kind: What it is, for people.
             load: Makes it; runs once for any number of threads that ask at the same time. If it
                 raises, the next who waits tries for itself.
+            token: Ends the wait for somebody else's load.
+
+        Raises:
+            PipelineCancelledError: The token was cancelled.
         """
         key = (kind, key)
         while True:
+            token.check()
+            loaded = threading.Event()
             with self._lock:
                 entry = self._entries.get(key)
                 first = entry is None
                 if entry is None:
-                    entry = self._entries[key] = _Entry(key, kind, threading.Event())
+                    entry = self._entries[key] = _Entry(key, kind)
                 elif entry.value is not None:
                     entry.owners += 1
                     return Lease(self, entry, entry.value)  # type: ignore[arg-type]
+                else:
+                    entry.waiting.append(loaded)
             if first:
                 return self._load(entry, load)
-            entry.loaded.wait()
+            token.attach(loaded.set)
+            loaded.wait()
+            token.detach(loaded.set)
 
     def _load(self, entry: _Entry, load: Callable[[], NativeT]) -> Lease[NativeT]:
         window = self._activity.begin().measure()
@@ -219,7 +238,7 @@ class Ledger:
             self._activity.end(window)
             with self._lock:
                 del self._entries[entry.key]
-            entry.loaded.set()
+            entry.loaded()
             raise
         allocator.trim()  # a load frees much of what it takes: 445 MB fell to 326, all weights
         change, entry.quiet = window.close()
@@ -231,7 +250,7 @@ class Ledger:
         with self._lock:
             entry.value = value
             entry.owners = 1
-        entry.loaded.set()
+        entry.loaded()
         return Lease(self, entry, value)
 
     def give_up(self, entry: _Entry) -> Sequence[Remains]:

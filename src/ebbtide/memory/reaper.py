@@ -151,7 +151,12 @@ class Reaper:
         ]
         if ready:
             batch = {life: self._draining.pop(life) for life in ready}
-            self._dispose(batch)
+            try:
+                self._dispose(batch)
+            finally:
+                for life in ready:
+                    if life.receipt is None:  # what else failed, nobody waits for ever
+                        life.finish(_unmeasured(life), state=State.DISPOSED)
 
     def _hear(self, message: Request | Lifecycle | Callable[[], None]) -> None:
         if isinstance(message, Request):
@@ -253,6 +258,19 @@ def _receipt(
         duration=duration,
         method=method,
         reasons=tuple(reasons),
+    )
+
+
+def _unmeasured(life: Lifecycle) -> DisposalReceipt:
+    return DisposalReceipt(
+        charged=life.charged,
+        released=0,
+        retained=life.charged,
+        quiet=False,
+        verified=False,
+        duration=0.0,
+        method="none",
+        reasons=("the disposal itself failed; the error was reported on the reaper's thread",),
     )
 
 

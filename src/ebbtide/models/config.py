@@ -26,6 +26,7 @@ class ModelConfig:
         devices: The same of devices.
         external_data: Whether weights lie in files beside the graph: a yes, the number of files,
             or a map by file name.
+        labels: The labels in the order of the model's scores, or None where it names none.
         raw: The whole of config.json.
     """
 
@@ -34,7 +35,14 @@ class ModelConfig:
     dtypes: str | Mapping[str, str] | None
     devices: str | Mapping[str, str] | None
     external_data: bool | int | Mapping[str, bool | int]
+    labels: tuple[str, ...] | None
     raw: Mapping[str, Any]
+
+    @property
+    def problem_type(self) -> str | None:
+        """As in ``multi_label_classification``; None where the file does not say."""
+        found = self.raw.get("problem_type")
+        return found if isinstance(found, str) else None
 
     def dtype_of(self, file: str) -> str | None:
         """The dtype that the config names for one file."""
@@ -62,8 +70,25 @@ class ModelConfig:
             dtypes=_by_file(hints.get("dtype"), "dtype", files),
             devices=_by_file(hints.get("device"), "device", files),
             external_data=hints.get("use_external_data_format") or False,
+            labels=_labels(raw, files),
             raw=raw,
         )
+
+
+def _labels(raw: Mapping[str, Any], files: ModelFiles) -> tuple[str, ...] | None:
+    declared = raw.get("id2label")
+    if declared is None:
+        return None
+    if isinstance(declared, Mapping):
+        by_number = {str(number): label for number, label in declared.items()}
+        labels = [by_number.get(str(number)) for number in range(len(by_number))]
+        if None not in labels:
+            return tuple(str(label) for label in labels)
+    path = str(files.find("config.json"))
+    raise LoadError(
+        f"{path}: id2label is no map from the numbers 0, 1, 2... to labels: {declared!r:.200}.",
+        path=path,
+    )
 
 
 def _by_file(value: Any, key: str, files: ModelFiles) -> str | Mapping[str, str] | None:

@@ -24,8 +24,13 @@ from ebbtide.models.tokenizer import Batch, Tokenizer
 from ebbtide.runtime import Session, SessionOptions, TensorInfo, devices, dtypes
 
 _FED: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
-_OUTPUTS: Final = ("last_hidden_state", "logits", "token_embeddings")
-"""The outputs that are features, in the order in which they are looked for."""
+
+Outputs = tuple[tuple[str, ...], ...]
+"""What a task needs of a graph: for each output, its possible names in the order of preference."""
+
+FEATURES: Final[Outputs] = (("last_hidden_state", "logits", "token_embeddings"),)
+LOGITS: Final[Outputs] = (("logits",),)
+SPANS: Final[Outputs] = (("start_logits",), ("end_logits",))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class TextEncoder:
         config: ModelConfig,
         tokenizer: Tokenizer,
         session: Lease[Session],
+        outputs: Outputs,
         dtype: str,
         label: str,
     ) -> None:
@@ -63,13 +69,28 @@ class TextEncoder:
         self._session = session
         self._label = label
         self._inputs = value.inputs
-        self._output = _feature_output(value.outputs, name)
+        found = [_output(value.outputs, names, name) for names in outputs]
+        self._outputs = [one.name for one in found]
+        width = found[0].shape[-1] if found[0].shape else None
+        self._width = width if isinstance(width, int) else None
 
     @classmethod
     def load(
-        cls, files: ModelFiles, options: LoadOptions, lifecycle: Lifecycle, token: CancelToken
+        cls,
+        files: ModelFiles,
+        options: LoadOptions,
+        outputs: Outputs,
+        lifecycle: Lifecycle,
+        token: CancelToken,
     ) -> TextEncoder:
         """Load a model; what is loaded belongs to ``lifecycle`` at once, so that it is never lost.
+
+        Args:
+            files: The model.
+            options: What the user chose.
+            outputs: What the task needs of the graph.
+            lifecycle: The owner.
+            token: The way to stop the load.
 
         Raises:
             ModelNotFoundError: A file is missing.
@@ -93,7 +114,7 @@ class TextEncoder:
             external_data=options.use_external_data_format,
         )
         runtime.start()
-        tokenizer = Tokenizer.load(files, config, lifecycle.label)
+        tokenizer = Tokenizer.load(files, config, token)
         lifecycle.own(tokenizer.lease)
         token.check()
         session = _session(file, device, options.session_options, token)
@@ -105,12 +126,35 @@ class TextEncoder:
             config=config,
             tokenizer=tokenizer,
             session=session,
+            outputs=outputs,
             dtype=file.dtype,
             label=lifecycle.label,
         )
 
-    def forward(self, batch: Batch, token: CancelToken) -> NDArray[Any]:
-        """The features of a batch: float32 or what the graph gives, [texts, tokens, width].
+    def labels(self, width: int | None = None) -> tuple[str, ...]:
+        """The names of the model's scores; those that transformers gives where the config has none.
+
+        Args:
+            width: How many scores the graph gave; None for what it says of itself.
+
+        Raises:
+            UnsupportedModelError: The config names more or fewer labels than there are scores.
+        """
+        labels, width = self.config.labels, self._width if width is None else width
+        if labels is None:
+            declared = self.config.raw.get("num_labels", 2)
+            count = declared if isinstance(declared, int) else 2
+            labels = tuple(f"LABEL_{number}" for number in range(count))
+        if width is not None and len(labels) != width:
+            raise UnsupportedModelError(
+                f"The config of model {self.name!r} has {len(labels)} labels, and its graph gives"
+                f" {width} scores: give its config.json an id2label with a name for each score.",
+                model=self.name,
+            )
+        return labels
+
+    def forward(self, batch: Batch, token: CancelToken) -> list[NDArray[Any]]:
+        """What the graph gives for a batch: one array an output of the task.
 
         Raises:
             PipelineCancelledError: The token was cancelled.
@@ -120,7 +164,7 @@ class TextEncoder:
         if session is None:
             raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
         feeds = {one.name: _feed(one, batch) for one in self._inputs}
-        return session.run(feeds, [self._output], token)[0]
+        return session.run(feeds, self._outputs, token)
 
 
 def _session(
@@ -134,7 +178,7 @@ def _session(
     def load() -> Session:
         return runtime.open_session(file.path, device, options, token)
 
-    return ledger.acquire((identity, device, options), "session", load)
+    return ledger.acquire((identity, device, options), "session", load, token)
 
 
 def _check_inputs(inputs: Sequence[TensorInfo], model: str) -> None:
@@ -148,14 +192,14 @@ def _check_inputs(inputs: Sequence[TensorInfo], model: str) -> None:
         )
 
 
-def _feature_output(outputs: Sequence[TensorInfo], model: str) -> str:
-    names = {one.name for one in outputs}
-    for name in _OUTPUTS:
-        if name in names:
-            return name
+def _output(outputs: Sequence[TensorInfo], names: Sequence[str], model: str) -> TensorInfo:
+    by_name = {one.name: one for one in outputs}
+    for name in names:
+        if name in by_name:
+            return by_name[name]
     raise UnsupportedModelError(
-        f"The graph of model {model!r} gives {', '.join(sorted(names))}, and none of"
-        f" {', '.join(_OUTPUTS)}: export it for feature extraction.",
+        f"The graph of model {model!r} gives {', '.join(sorted(by_name))}, and this task needs"
+        f" {' or '.join(names)}: export the model for this task.",
         model=model,
     )
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from numpy.typing import NDArray
+import numpy as np
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import unknown_option
+from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Disposable, Lifecycle, State
 from ebbtide.memory.ledger import Holding, Lease, activity
-from ebbtide.models.text_encoder import TextEncoder
+from ebbtide.models.text_encoder import Outputs, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.runtime import Job, native_threads
 
-Array = NDArray[Any]
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
+Prepare = Callable[[object], Callable[[CancelToken], Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,8 +62,10 @@ class Pipeline(Disposable):
     """
 
     task: ClassVar[str]
+    outputs: ClassVar[Outputs]
+    """What the task needs of the model's graph."""
 
-    def __init__(self, lifecycle: Lifecycle, model: TextEncoder) -> None:
+    def __init__(self, lifecycle: Lifecycle, model: TextEncoder, about: Any = None) -> None:
         super().__init__(lifecycle)
         self._model = model
 
@@ -110,7 +114,43 @@ class Pipeline(Disposable):
             about += f" on {self.device} in {self.dtype}, {size:.1f} MB"
         return f"<{about}>"
 
-    def _submit(self, work: Callable[[CancelToken], Array]) -> Job[Array]:
+    @classmethod
+    def read(cls, files: ModelFiles, model: TextEncoder) -> Any:
+        """What the task needs of the model's files beside the graph; read once, at the load."""
+        return None
+
+    def _answer(self, inputs: object, prepare: Prepare) -> Any:
+        """The result for inputs; for an iterator, an iterator of the results of each.
+
+        Args:
+            inputs: What the user passed.
+            prepare: Checks an input, on the caller's thread, and gives the work of a native one.
+        """
+        if isinstance(inputs, Iterator):
+            return self._stream(inputs, prepare)
+        return self._submit(prepare(inputs)).wait()
+
+    async def _aanswer(self, inputs: object, prepare: Prepare) -> Any:
+        """The same on an event loop, for iterators of either kind."""
+        if isinstance(inputs, Iterator | AsyncIterable):
+            return self._astream(inputs, prepare)
+        return await self._submit(prepare(inputs)).result()
+
+    def _stream(self, inputs: Iterator[object], prepare: Prepare) -> Iterator[Any]:
+        for one in inputs:
+            yield self._submit(prepare(one)).wait()
+
+    async def _astream(
+        self, inputs: Iterator[object] | AsyncIterable[object], prepare: Prepare
+    ) -> AsyncIterator[Any]:
+        if isinstance(inputs, AsyncIterable):
+            async for one in inputs:
+                yield await self._submit(prepare(one)).result()
+        else:
+            for one in inputs:
+                yield await self._submit(prepare(one)).result()
+
+    def _submit(self, work: Callable[[CancelToken], ResultT]) -> Job[ResultT]:
         """Let one call in, and hand its work to a native thread."""
         lifecycle = self._lifecycle
         token = CancelToken(lifecycle.label)
@@ -125,20 +165,28 @@ class Pipeline(Disposable):
             leave()
             raise
 
+    def _batches(
+        self, items: Sequence[ItemT], size: int, token: CancelToken
+    ) -> Iterator[Sequence[ItemT]]:
+        """So many of the items at a time, until the call is cancelled."""
+        for start in range(0, len(items), size):
+            token.check()
+            yield items[start : start + size]
+
     def _unknown(self, options: dict[str, Any], known: tuple[str, ...]) -> None:
         for option in options:
             raise unknown_option(option, known, where=self._lifecycle.label)
 
 
 def _charged(
-    work: Callable[[CancelToken], Array], token: CancelToken, lifecycle: Lifecycle
-) -> Array:
+    work: Callable[[CancelToken], ResultT], token: CancelToken, lifecycle: Lifecycle
+) -> ResultT:
     """Run a call, and charge its pipeline for what it adds to the process: two reads of 10 us."""
     window = activity.begin().measure()
     size = 0
     try:
         result = work(token)
-        size = result.nbytes  # the result is the caller's
+        size = _size(result)  # the result is the caller's
         return result
     finally:
         change, quiet = window.close()
@@ -146,19 +194,13 @@ def _charged(
             lifecycle.working = max(0, lifecycle.working + change - size)
 
 
-def stream(inputs: Iterator[ItemT], call: Callable[[ItemT], ResultT]) -> Iterator[ResultT]:
-    """One result an input, as they are asked for; nothing runs between two of them."""
-    for one in inputs:
-        yield call(one)
-
-
-async def astream(
-    inputs: Iterator[ItemT] | AsyncIterable[ItemT], call: Callable[[ItemT], Awaitable[ResultT]]
-) -> AsyncIterator[ResultT]:
-    """The same on an event loop, for inputs of either kind."""
-    if isinstance(inputs, AsyncIterable):
-        async for one in inputs:
-            yield await call(one)
-    else:
-        for one in inputs:
-            yield await call(one)
+def _size(result: object) -> int:
+    """Bytes that a result takes: arrays, and lists and maps of plain values."""
+    if isinstance(result, np.ndarray):
+        return result.nbytes
+    parts: Iterable[object] = ()
+    if isinstance(result, dict):
+        parts = result.values()
+    elif isinstance(result, list):
+        parts = result
+    return sys.getsizeof(result) + sum(map(_size, parts))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, Literal, Never, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide.cancellation import CancelToken
-from ebbtide.errors import InputError, OptionError, unknown_value
+from ebbtide.errors import InputError, unknown_value
+from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
-from ebbtide.models.sentence import SentenceRecipe
-from ebbtide.models.text_encoder import TextEncoder
+from ebbtide.models.sentence import SentenceRecipe, read_recipe
+from ebbtide.models.text_encoder import FEATURES, Outputs, TextEncoder
 from ebbtide.models.tokenizer import Batch
+from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines import pooling as pool
-from ebbtide.pipelines.base import Pipeline, astream, stream
-from ebbtide.runtime import Job
+from ebbtide.pipelines.base import Pipeline
 
 Pooling = Literal[
     "auto", "none", "mean", "cls", "first_token", "eos", "last_token", "max", "mean_sqrt_len",
@@ -53,12 +54,18 @@ class FeatureExtractionPipeline(Pipeline):
     """
 
     task: ClassVar[str] = "feature-extraction"
+    outputs: ClassVar[Outputs] = FEATURES
 
     def __init__(
         self, lifecycle: Lifecycle, model: TextEncoder, recipe: SentenceRecipe | None = None
     ) -> None:
         super().__init__(lifecycle, model)
         self._recipe = recipe
+
+    @classmethod
+    def read(cls, files: ModelFiles, model: TextEncoder) -> SentenceRecipe | None:
+        """What the model says of its sentence vectors."""
+        return read_recipe(files)
 
     @overload
     def __call__(
@@ -122,9 +129,8 @@ class FeatureExtractionPipeline(Pipeline):
         """
         self._unknown(unknown, _OPTIONS)
         options = self._options(pooling, normalize, quantize, precision, batch_size)
-        if isinstance(inputs, Iterator):
-            return stream(inputs, lambda text: self._vectors(_texts(text), options).wait())
-        return self._vectors(_texts(inputs), options).wait()
+        found: Any = self._answer(inputs, self._vectors(options))
+        return found  # type: ignore[no-any-return]
 
     async def acall(
         self,
@@ -144,9 +150,8 @@ class FeatureExtractionPipeline(Pipeline):
         """
         self._unknown(unknown, _OPTIONS)
         options = self._options(pooling, normalize, quantize, precision, batch_size)
-        if isinstance(inputs, Iterator | AsyncIterable):
-            return astream(inputs, lambda text: self._vectors(_texts(text), options).result())
-        return await self._vectors(_texts(inputs), options).result()
+        found: Any = await self._aanswer(inputs, self._vectors(options))
+        return found  # type: ignore[no-any-return]
 
     def _options(
         self,
@@ -160,27 +165,30 @@ class FeatureExtractionPipeline(Pipeline):
             raise unknown_value("pooling", pooling, _POOLINGS)
         if precision not in _PRECISIONS:
             raise unknown_value("precision", precision, _PRECISIONS)
-        for name, value in (("quantize", quantize), ("normalize", normalize)):
-            if not isinstance(value, bool) and not (value is None and name == "normalize"):
-                raise OptionError(f"{name} takes True or False, not {value!r}.", option=name)
-        if type(batch_size) is not int or batch_size < 1:
-            raise InputError(
-                f"batch_size takes a whole number from 1, not {batch_size!r}.", value=batch_size
-            )
-        recipe = SentenceRecipe((pooling,), normalize=False, limit=None)
+        given.yes_or_no("quantize", quantize)
+        if normalize is not None:
+            given.yes_or_no("normalize", normalize)
+        poolings: tuple[str, ...] = (pooling,)
+        also_normalize, limit = False, None
         if pooling == "auto":
-            nothing = SentenceRecipe(("none",), normalize=False, limit=None)
-            recipe = self._recipe.check(self.model) if self._recipe else nothing
+            recipe = self._recipe.check(self.model) if self._recipe else None
+            poolings = recipe.poolings if recipe else ("none",)
+            also_normalize = recipe is not None and recipe.normalize
+            limit = recipe.limit if recipe else None
         return _Options(
-            poolings=recipe.poolings,
-            normalize=recipe.normalize if normalize is None else normalize,
+            poolings=poolings,
+            normalize=also_normalize if normalize is None else normalize,
             precision=precision if quantize else None,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            limit=recipe.limit,
+            batch_size=given.batch_size(batch_size),
+            limit=limit,
         )
 
-    def _vectors(self, texts: list[str], options: _Options) -> Job[Vectors]:
-        return self._submit(lambda token: self._compute(texts, options, token))
+    def _vectors(self, options: _Options) -> Callable[[object], Callable[[CancelToken], Vectors]]:
+        def prepare(inputs: object) -> Callable[[CancelToken], Vectors]:
+            texts, _ = given.texts(inputs)
+            return lambda token: self._compute(texts, options, token)
+
+        return prepare
 
     def _compute(self, texts: list[str], options: _Options, token: CancelToken) -> Vectors:
         whole = self._model.tokenizer.batch(texts, limit=options.limit)
@@ -193,7 +201,7 @@ class FeatureExtractionPipeline(Pipeline):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _forward(self, batch: Batch, options: _Options, token: CancelToken) -> Vectors:
-        vectors = self._model.forward(batch, token)
+        (vectors,) = self._model.forward(batch, token)
         if options.poolings != ("none",):
             pooled = [pool.POOLINGS[one](vectors, batch.attention_mask) for one in options.poolings]
             vectors = pooled[0] if len(pooled) == 1 else np.concatenate(pooled, axis=-1)
@@ -207,21 +215,3 @@ class FeatureExtractionPipeline(Pipeline):
                 value=vectors.shape[-1],
             )
         return pool.binary(vectors) if options.precision == "binary" else pool.ubinary(vectors)
-
-
-def _texts(inputs: object) -> list[str]:
-    if isinstance(inputs, str):
-        return [inputs]
-    if isinstance(inputs, bytes | bytearray | memoryview):
-        raise InputError("A text is needed, and this is bytes: decode them first.")
-    if isinstance(inputs, Sequence) or (isinstance(inputs, np.ndarray) and inputs.ndim == 1):
-        texts = list(inputs)
-        if not texts:
-            raise InputError("There is no text in an empty list: pass at least one.")
-        for index, one in enumerate(texts):
-            if not isinstance(one, str):
-                raise InputError(f"Input {index} is no text: {type(one).__name__}.", value=index)
-        return [str(one) for one in texts]
-    raise InputError(
-        f"A text, a list of texts or an iterator of texts is needed, not {type(inputs).__name__}."
-    )

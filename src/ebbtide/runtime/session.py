@@ -51,6 +51,10 @@ _SMALLEST_MODEL: Final = base64.b64decode(
 )
 
 
+_NUMPY_CACHES_BELOW: Final = 1024
+_NUMPY_CACHES_EACH: Final = 7
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One input or output of a graph.
@@ -207,6 +211,7 @@ def _onnxruntime() -> Any:
     import numpy as np
     import onnxruntime
 
+    _fill_numpy_cache()
     options = _native_options(onnxruntime, SessionOptions(threads=1))
     session = onnxruntime.InferenceSession(
         _SMALLEST_MODEL, options, providers=["CPUExecutionProvider"]
@@ -214,6 +219,20 @@ def _onnxruntime() -> Any:
     session.run(None, {"x": np.ones((1, 1), np.float32)})
     session.__dict__.clear()
     return onnxruntime
+
+
+def _fill_numpy_cache() -> None:
+    """Have numpy take, now and in one place, the small buffers that it never gives back.
+
+    It keeps up to seven freed buffers of each size below a kilobyte. Left to fill while pipelines
+    come and go, they lie scattered over memory that is free otherwise, and each keeps a page of it:
+    in 1,000 loads 2.5 MB. Together they are 0.9 MB.
+    """
+    import numpy as np
+
+    sizes = range(4, _NUMPY_CACHES_BELOW, 4)
+    kept = [np.empty(size, np.uint8) for size in sizes for _ in range(_NUMPY_CACHES_EACH)]
+    kept.clear()
 
 
 def _end_child_early() -> None:

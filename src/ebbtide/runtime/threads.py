@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import CancelToken, EbbtideThread, OneShot, own_thread, told
+from ebbtide.cancellation import CancelToken, EbbtideThread, OneShot, own_thread, patiently
 from ebbtide.lifecycle import on_fork
 from ebbtide.memory import cgroup
 from ebbtide.memory.allocator import allocator
@@ -122,19 +122,11 @@ class Job(Generic[ResultT]):
         return self._aresult()
 
     async def _aresult(self) -> ResultT:
-        import asyncio
-
-        done = told(self.on_done)  # a future and no task: who cancels all tasks cannot cut it short
-        cancelled: asyncio.CancelledError | None = None
-        while not done.done():
-            try:
-                await asyncio.shield(done)
-            except asyncio.CancelledError as error:
-                cancelled = error
-                self.token.cancel()
-        if cancelled is not None:
+        try:
+            await patiently(self.on_done, self.token.cancel)
+        except BaseException:
             self._error = None
-            raise cancelled
+            raise
         return self._outcome()
 
     def _outcome(self) -> ResultT:
