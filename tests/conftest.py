@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import ebbtide
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, but those with a hub of their own
+
+import ebbtide  # noqa: E402
 
 ROOT = Path(__file__).parent
 MODELS = ROOT / "models"

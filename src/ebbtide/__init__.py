@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from ebbtide import errors, memory
     from ebbtide._settings import settings
     from ebbtide.errors import (
+        AccessDeniedError,
         DeviceNotAvailableError,
         DisposalError,
+        DownloadError,
         EbbtideError,
         InputError,
         LoadError,
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
         RunError,
         UnsupportedModelError,
     )
-    from ebbtide.factory import apipeline, pipeline
+    from ebbtide.factory import PipelineOptions, apipeline, model_files, pipeline
+    from ebbtide.hub import ProgressEvent
     from ebbtide.lifecycle import DisposalReceipt, State, dispose_all, live
+    from ebbtide.models.catalog import cached_models, remove_cached
     from ebbtide.pipelines import (
         FeatureExtractionPipeline,
         FillMaskPipeline,
@@ -49,8 +53,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": "",
     "memory": "",
+    "AccessDeniedError": "errors",
     "DeviceNotAvailableError": "errors",
     "DisposalError": "errors",
+    "DownloadError": "errors",
     "EbbtideError": "errors",
     "InputError": "errors",
     "LoadError": "errors",
@@ -63,8 +69,13 @@ _HOMES = {
     "PipelineInheritedError": "errors",
     "RunError": "errors",
     "UnsupportedModelError": "errors",
+    "PipelineOptions": "factory",
     "apipeline": "factory",
+    "model_files": "factory",
     "pipeline": "factory",
+    "cached_models": "models.catalog",
+    "remove_cached": "models.catalog",
+    "ProgressEvent": "hub",
     "DisposalReceipt": "lifecycle",
     "State": "lifecycle",
     "dispose_all": "lifecycle",
@@ -83,9 +94,11 @@ _HOMES = {
 """Each public name, and the module it lives in; a name with none is a module itself."""
 
 __all__ = [
+    "AccessDeniedError",
     "DeviceNotAvailableError",
     "DisposalError",
     "DisposalReceipt",
+    "DownloadError",
     "EbbtideError",
     "FeatureExtractionPipeline",
     "FillMaskPipeline",
@@ -100,6 +113,8 @@ __all__ = [
     "PipelineDisposedError",
     "PipelineInheritedError",
     "PipelineMemory",
+    "PipelineOptions",
+    "ProgressEvent",
     "QuestionAnsweringPipeline",
     "RunError",
     "SessionOptions",
@@ -110,11 +125,14 @@ __all__ = [
     "ZeroShotClassificationPipeline",
     "__version__",
     "apipeline",
+    "cached_models",
     "dispose_all",
     "errors",
     "live",
     "memory",
+    "model_files",
     "pipeline",
+    "remove_cached",
     "settings",
 ]
 

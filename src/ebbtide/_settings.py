@@ -40,6 +40,8 @@ class Settings:
             ``"system"`` calls no `mallopt`. ``EBBTIDE_MALLOC``.
         drain_timeout: Seconds a dispose waits for running calls before it cancels them, where the
             call does not say. ``EBBTIDE_DRAIN_TIMEOUT``.
+        offline: Never use the network: models come from folders, packages and the cache.
+            ``HF_HUB_OFFLINE`` does the same. ``EBBTIDE_OFFLINE``.
         exit_timeout: Seconds the interpreter's exit waits for the last disposals.
             ``EBBTIDE_EXIT_TIMEOUT``.
 
@@ -54,6 +56,7 @@ class Settings:
     malloc: MallocPolicy = "tuned"
     drain_timeout: float = 30.0
     exit_timeout: float = 10.0
+    offline: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse what cannot be used, at the assignment and not at the first use."""
@@ -91,7 +94,7 @@ class Settings:
 
 def _parse(name: str, text: str) -> object:
     word = text.strip().lower()
-    if name == "trim":
+    if name in {"trim", "offline"}:
         return True if word in _TRUE else False if word in _FALSE else text
     if name == "malloc":
         return word
@@ -107,7 +110,7 @@ def _problem(name: str, value: object) -> str | None:
     if name in {"threads", "native_threads"}:
         good = value is None or (type(value) is int and 1 <= value <= 1024)
         return None if good else "takes a whole number from 1 to 1024, or None"
-    if name == "trim":
+    if name in {"trim", "offline"}:
         return None if isinstance(value, bool) else "takes true or false"
     if name == "malloc":
         policies = get_args(MallocPolicy)

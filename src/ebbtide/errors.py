@@ -68,6 +68,36 @@ class ModelNotFoundError(EbbtideError, LookupError):
         self.missing = missing
 
 
+class DownloadError(EbbtideError):
+    """A file of a model could not be had from the hub; what is cached works without it.
+
+    Attributes:
+        model: The model's id.
+        file: The file, or None where it was the model as a whole.
+        status: The HTTP status, or None where there was no answer.
+        unreachable: Whether there was no answer at all.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        model: str,
+        file: str | None = None,
+        status: int | None = None,
+        unreachable: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.model = model
+        self.file = file
+        self.status = status
+        self.unreachable = unreachable
+
+
+class AccessDeniedError(DownloadError):
+    """The model is gated or private: the message says how to be let in."""
+
+
 class UnsupportedModelError(EbbtideError):
     """The model is there and sound, but asks for something Ebbtide does not do.
 

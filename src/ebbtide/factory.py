@@ -3,57 +3,138 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, Never
+from typing import Any, Final, Literal, TypedDict, Unpack, overload
 
+from ebbtide import hub
 from ebbtide._settings import settings
 from ebbtide.cancellation import CancelToken, patiently
 from ebbtide.errors import PipelineCancelledError, unknown_option
-from ebbtide.hub import resolve
+from ebbtide.hub import HubOptions, Progress, ProgressEvent
 from ebbtide.lifecycle import Lifecycle, State, creation_site, end_of_process
 from ebbtide.memory.reaper import reaper
+from ebbtide.models.catalog import ModelSummary, summarise
 from ebbtide.models.onnx_files import ByFile, ExternalData
 from ebbtide.models.text_encoder import LoadOptions, TextEncoder
-from ebbtide.pipelines import Pipeline, find
+from ebbtide.pipelines import (
+    FeatureExtractionPipeline,
+    FillMaskPipeline,
+    Pipeline,
+    QuestionAnsweringPipeline,
+    TextClassificationPipeline,
+    TokenClassificationPipeline,
+    ZeroShotClassificationPipeline,
+    find,
+)
 from ebbtide.runtime import Job, SessionOptions, native_threads
 
-_OPTIONS: Final = (
-    "device", "dtype", "subfolder", "model_file_name", "use_external_data_format",
-    "session_options",
-)  # fmt: skip
+Model = str | os.PathLike[str] | None
 
+
+class PipelineOptions(TypedDict, total=False):
+    """What may be chosen of a pipeline; see `pipeline`."""
+
+    device: ByFile
+    dtype: ByFile
+    revision: str
+    subfolder: str
+    model_file_name: str | None
+    use_external_data_format: ExternalData
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+    token: str | bool | None
+    progress: Progress
+    session_options: SessionOptions | Mapping[str, object] | None
+
+
+_OF_THE_HUB: Final = frozenset(field.name for field in dataclasses.fields(HubOptions))
 _Made = Callable[[Lifecycle], Pipeline]
 
 
+@overload
 def pipeline(
-    task: Literal["feature-extraction", "embeddings"] | str,
-    model: str | os.PathLike[str] | None = None,
-    *,
-    device: ByFile = "cpu",
-    dtype: ByFile = None,
-    subfolder: str = "onnx",
-    model_file_name: str | None = None,
-    use_external_data_format: ExternalData = None,
-    session_options: SessionOptions | Mapping[str, object] | None = None,
-    **unknown: Never,
-) -> Any:
+    task: Literal["feature-extraction", "embeddings"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> FeatureExtractionPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["text-classification", "sentiment-analysis"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> TextClassificationPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["token-classification", "ner"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> TokenClassificationPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["question-answering"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> QuestionAnsweringPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["fill-mask"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> FillMaskPipeline: ...
+
+
+@overload
+def pipeline(
+    task: Literal["zero-shot-classification"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> ZeroShotClassificationPipeline: ...
+
+
+@overload
+def pipeline(task: str, model: Model = None, **options: Unpack[PipelineOptions]) -> Any: ...
+
+
+def pipeline(task: str, model: Model = None, **options: Unpack[PipelineOptions]) -> Any:
     """Load a model, and make a pipeline of it.
 
     Args:
         task: What to do, as in ``feature-extraction``; ``ebbtide tasks`` lists them.
-        model: A folder in Hugging Face layout, or the name of an installed model. None: the task's
-            default, or what an installed package offers in its place.
-        device: ``cpu``, ``cuda``, ``cuda:N``, ``dml``, ``coreml``, or ``auto`` for the best that
-            works here; or a map by file.
-        dtype: Which of the model's files to load: ``fp32``, ``fp16``, ``q8``, ``int8``, ``uint8``,
-            ``q4``, ``q4f16``, ``q2``, ``q2f16``, ``q1``, ``q1f16``, ``bnb4``; or a map by file.
-            None and ``auto``: what the model's config names, else the first there is, fp32 first.
-        subfolder: Where ONNX files are looked for before the model's own folder.
-        model_file_name: The ONNX file's name without suffix and ending, in place of ``model``.
-        use_external_data_format: Whether the weights lie in files beside the graph, or in how many,
-            or a map by file. None: what the model's config says.
-        session_options: How ONNX Runtime runs the graph; see `SessionOptions`.
+        model: A folder in Hugging Face layout, the name of an installed model, or an id on the hub,
+            as in ``org/name``. None: the task's default; where the hub cannot be reached, what an
+            installed package offers in its place.
+        **options: By name only, each may be left out:
+
+            device: ``cpu``, ``cuda``, ``cuda:N``, ``dml``, ``coreml``, or ``auto`` for the best
+                that works here; or a map by file. The config's, else ``cpu``.
+            dtype: Which of the model's files to load: ``fp32``, ``fp16``, ``q8``, ``int8``,
+                ``uint8``, ``q4``, ``q4f16``, ``q2``, ``q2f16``, ``q1``, ``q1f16``, ``bnb4``; or a
+                map by file. None and ``auto``: what the model's config names, else the first there
+                is, fp32 first.
+            revision: A branch, a tag or a commit on the hub; ``main`` by default.
+            subfolder: Where ONNX files are looked for before the model's own folder; ``onnx`` by
+                default.
+            model_file_name: The ONNX file's name without suffix and ending, in place of ``model``.
+            use_external_data_format: Whether the weights lie in files beside the graph, or in how
+                many, or a map by file. None: what the model's config says, else what is there.
+            cache_dir: Where downloads are kept; by default where all Hugging Face libraries keep
+                theirs (``HF_HUB_CACHE``).
+            local_files_only: Use only what the cache has, and no network.
+            token: What opens private and gated models on the hub. None: the one that is saved or in
+                ``HF_TOKEN``; False: none.
+            progress: A function that is told of downloads (`ProgressEvent`), True for bars, False
+                for nothing, None for bars where there is a terminal.
+            session_options: How ONNX Runtime runs the graph; see `SessionOptions`.
 
     Returns:
         The pipeline, ready. Use it in a ``with`` block, or call its ``dispose``.
@@ -62,8 +143,11 @@ def pipeline(
         InputError: There is no such task, dtype or device; names the nearest.
         OptionError: There is no such option; names the nearest.
         ModelNotFoundError: There is no such model, or a file of it is missing.
+        DownloadError: The hub cannot be reached or answers with an error, a file is not what the
+            hub says it is, or the cache cannot be written.
+        AccessDeniedError: The model is gated or private.
         LoadError: A file of the model cannot be read.
-        UnsupportedModelError: The model is no text encoder.
+        UnsupportedModelError: The model is not made for this task.
         DeviceNotAvailableError: The device cannot be used here.
         PipelineCancelledError: The process began to end during the load.
 
@@ -73,13 +157,7 @@ def pipeline(
         >>> vectors.shape
         (1, 32)
     """
-    for option in unknown:
-        raise unknown_option(option, ("model", *_OPTIONS), where="pipeline()")
-    lifecycle, load = _prepare(
-        task, model, device=device, dtype=dtype, subfolder=subfolder,
-        model_file_name=model_file_name, use_external_data_format=use_external_data_format,
-        session_options=session_options,
-    )  # fmt: skip
+    lifecycle, load = _prepare("pipeline()", task, model, options)
     try:
         return _wrapped(lifecycle, load().wait())
     except BaseException:
@@ -88,29 +166,64 @@ def pipeline(
         raise
 
 
+@overload
 async def apipeline(
-    task: Literal["feature-extraction", "embeddings"] | str,
-    model: str | os.PathLike[str] | None = None,
-    *,
-    device: ByFile = "cpu",
-    dtype: ByFile = None,
-    subfolder: str = "onnx",
-    model_file_name: str | None = None,
-    use_external_data_format: ExternalData = None,
-    session_options: SessionOptions | Mapping[str, object] | None = None,
-    **unknown: Never,
-) -> Any:
+    task: Literal["feature-extraction", "embeddings"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> FeatureExtractionPipeline: ...
+
+
+@overload
+async def apipeline(
+    task: Literal["text-classification", "sentiment-analysis"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> TextClassificationPipeline: ...
+
+
+@overload
+async def apipeline(
+    task: Literal["token-classification", "ner"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> TokenClassificationPipeline: ...
+
+
+@overload
+async def apipeline(
+    task: Literal["question-answering"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> QuestionAnsweringPipeline: ...
+
+
+@overload
+async def apipeline(
+    task: Literal["fill-mask"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> FillMaskPipeline: ...
+
+
+@overload
+async def apipeline(
+    task: Literal["zero-shot-classification"],
+    model: Model = None,
+    **options: Unpack[PipelineOptions],
+) -> ZeroShotClassificationPipeline: ...
+
+
+@overload
+async def apipeline(task: str, model: Model = None, **options: Unpack[PipelineOptions]) -> Any: ...
+
+
+async def apipeline(task: str, model: Model = None, **options: Unpack[PipelineOptions]) -> Any:
     """The same as `pipeline`, without blocking the event loop.
 
     Cancelling the task cancels the load, and what it had loaded is released before this raises.
     """
-    for option in unknown:
-        raise unknown_option(option, ("model", *_OPTIONS), where="apipeline()")
-    lifecycle, load = _prepare(
-        task, model, device=device, dtype=dtype, subfolder=subfolder,
-        model_file_name=model_file_name, use_external_data_format=use_external_data_format,
-        session_options=session_options,
-    )  # fmt: skip
+    lifecycle, load = _prepare("apipeline()", task, model, options)
     try:
         return _wrapped(lifecycle, await load().result())
     except BaseException:
@@ -120,15 +233,11 @@ async def apipeline(
 
 
 def _prepare(
-    task: str,
-    model: str | os.PathLike[str] | None,
-    *,
-    session_options: SessionOptions | Mapping[str, object] | None,
-    **options: Any,
+    where: str, task: str, model: Model, options: PipelineOptions
 ) -> tuple[Lifecycle, Callable[[], Job[_Made]]]:
     """Check what can be checked at once; what comes back hands the load to a native thread."""
     chosen = find(task)
-    load_options = LoadOptions(session_options=SessionOptions.of(session_options), **options)
+    listener, hub_options, load_options = _understood(where, options)
     named = "the default model" if model is None else str(model)
     label = f"The {chosen.name} pipeline over {named}"
     _start()
@@ -137,12 +246,68 @@ def _prepare(
     lifecycle.running[token] = None
 
     def load() -> _Made:
-        files = resolve(model, task=chosen.name, default=chosen.default_model)
-        encoder = TextEncoder.load(files, load_options, chosen.pipeline.outputs, lifecycle, token)
-        about = chosen.pipeline.read(files, encoder)
-        return lambda life: chosen.pipeline(life, encoder, about)
+        files = hub.resolve(
+            model,
+            task=chosen.name,
+            default=chosen.default_model,
+            options=hub_options,
+            listener=listener,
+            cancel=token,
+        )
+        kind = chosen.pipeline
+        encoder = TextEncoder.load(
+            files, load_options, kind.outputs, kind.extra_files, lifecycle, token
+        )
+        about = kind.read(files, encoder)
+        listener(ProgressEvent(status="ready", task=chosen.name, model=files.name))
+        return lambda life: kind(life, encoder, about)
 
     return lifecycle, lambda: native_threads.submit(load, token, lambda: lifecycle.leave(token))
+
+
+def _understood(
+    where: str, options: PipelineOptions
+) -> tuple[Callable[[ProgressEvent], object], HubOptions, LoadOptions]:
+    """Who is told of downloads, how the model is had, and how it is loaded."""
+    given: dict[str, Any] = dict(options)
+    known = PipelineOptions.__annotations__
+    for option in given:
+        if option not in known:
+            raise unknown_option(option, ("model", *known), where=where)
+    listener = hub.listener(given.pop("progress", None))
+    session_options = SessionOptions.of(given.pop("session_options", None))
+    hub_options = HubOptions(**{key: given.pop(key) for key in _OF_THE_HUB & set(given)}).check()
+    return listener, hub_options, LoadOptions(session_options=session_options, **given)
+
+
+def model_files(task: str, model: Model = None, **options: Unpack[PipelineOptions]) -> ModelSummary:
+    """What loading a model would take: which files, how large, and which are here already.
+
+    Of a model on the hub only its config is downloaded for that.
+
+    Args:
+        task: As for `pipeline`.
+        model: As for `pipeline`.
+        **options: As for `pipeline`.
+
+    Raises:
+        EbbtideError: As `pipeline`, for what can be known without a load.
+
+    Example:
+        >>> needed = model_files("feature-extraction", "tests/models/tiny-bert", dtype="q8")
+        >>> needed.dtype, needed.to_download
+        ('q8', 0)
+    """
+    chosen = find(task)
+    listener, hub_options, load_options = _understood("model_files()", options)
+    files = hub.resolve(
+        model,
+        task=chosen.name,
+        default=chosen.default_model,
+        options=hub_options,
+        listener=listener,
+    )
+    return summarise(files, load_options, chosen.pipeline.extra_files)
 
 
 def _wrapped(lifecycle: Lifecycle, made: _Made) -> Pipeline:

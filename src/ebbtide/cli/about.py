@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 import ebbtide
-from ebbtide.cli.words import as_list, call_options
+from ebbtide.cli.words import as_list, call_options, example
 from ebbtide.errors import ModelNotFoundError
 from ebbtide.hub import installed
 from ebbtide.memory import snapshot
@@ -32,10 +32,20 @@ def tasks(*, as_json: bool) -> None:
     if as_json:
         listed = [
             {
-                **dataclasses.asdict(task),
+                "name": task.name,
+                "aliases": task.aliases,
+                "default_model": task.default_model,
+                "takes": task.takes,
+                "gives": task.gives,
+                "example": example(task.name),
                 "options": {
-                    option.name: {"default": option.default, "values": option.values}
-                    for option in call_options(task.name).values()
+                    name: {
+                        "kind": option.kind,
+                        "default": option.default,
+                        "values": option.values,
+                        "needed": option.needed,
+                    }
+                    for name, option in call_options(task.name).items()
                 },
             }
             for task in TASKS.values()
@@ -46,10 +56,11 @@ def tasks(*, as_json: bool) -> None:
     for task in TASKS.values():
         options = [as_list(option) for option in call_options(task.name).values()]
         rows = [
-            ("also", ", ".join(task.aliases)),
+            *([("also", ", ".join(task.aliases))] if task.aliases else []),
             ("takes", task.takes),
             ("gives", task.gives),
             ("default model", task.default_model),
+            ("example", example(task.name)),
             *(("" if number else "options", option) for number, option in enumerate(options)),
         ]
         _section(console, task.name, rows)

@@ -45,8 +45,17 @@ def start(arguments: list[str]) -> int:
 
 
 def _log_plainly() -> None:
-    """Have Ebbtide's warnings on standard error, in the form its errors have there."""
+    """Have Ebbtide's warnings on standard error, each once, in the form its errors have there."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        known = message in said
+        said.add(message)
+        return not known
+
     handler = logging.StreamHandler()
+    handler.addFilter(is_new)
     handler.setFormatter(logging.Formatter("ebbtide: %(message)s"))
     logging.getLogger("ebbtide").addHandler(handler)
 
@@ -76,8 +85,11 @@ _RUN_HELP = """Load a model once, run every text, and give the memory back.
 Without a text, each line of standard input is one, and its result is printed before the next line \
 is read.
 
-Options of the task's call go along as --KEY VALUE, and `ebbtide tasks` lists them. A text that \
-begins with two dashes goes behind a lone `--`.
+Options of the task's call go along as --KEY VALUE, and `ebbtide tasks` lists them, with an \
+example of each task. A text that begins with two dashes goes behind a lone `--`.
+
+question-answering needs --context, and each text is a question. zero-shot-classification needs \
+--candidate-labels. A text of fill-mask has the mask that the model knows: [MASK], or <mask>.
 
 Example: ebbtide run feature-extraction "The tide goes out." --pooling mean --normalize
 """

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from numpy.typing import NDArray
 from rich.console import Console
 
 import ebbtide
 from ebbtide.cli import results
-from ebbtide.cli.words import Value, groups, split
+from ebbtide.cli.words import Value, example, groups, split
 from ebbtide.errors import InputError
-from ebbtide.pipelines import FeatureExtractionPipeline
+from ebbtide.pipelines import Pipeline, find
 
 
 def run(
@@ -42,13 +41,18 @@ def run(
     piped = not texts
     if piped and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError(
-            f"There is no text. Pass some (ebbtide run {task} 'The tide goes out.'), or pipe lines"
-            " to standard input."
+            f"There is no text. Pass some ({example(task)}), or pipe lines to standard input."
         )
+    view = results.VIEWS[find(task).name]
     with ebbtide.pipeline(task, model, dtype=dtype, device=device) as pipe:
         found = _results(pipe, _lines() if piped else iter(texts), options)
         try:
-            _show(found, as_json=as_json, streamed=piped)
+            if as_json or piped or not sys.stdout.isatty():
+                form = results.json_line if as_json else results.plain_rows
+                for text, result in found:
+                    print(form(view, text, result), flush=True)
+            else:
+                results.table(view, found, Console())
         except KeyboardInterrupt:
             pipe.dispose(cancel=True)
             raise
@@ -57,23 +61,19 @@ def run(
         print(receipt, file=sys.stderr)
 
 
-def _show(found: Iterator[tuple[str, NDArray[Any]]], *, as_json: bool, streamed: bool) -> None:
-    """Print results; each as it comes, but for a table."""
-    if as_json or streamed or not sys.stdout.isatty():
-        form = results.json_line if as_json else results.plain_row
-        for text, result in found:
-            print(form(text, result), flush=True)
-    else:
-        results.table(found, Console())
-
-
 def _results(
-    pipe: FeatureExtractionPipeline, texts: Iterator[str], options: dict[str, Value]
-) -> Iterator[tuple[str, NDArray[Any]]]:
+    pipe: Pipeline, texts: Iterator[str], options: dict[str, Value]
+) -> Iterator[tuple[str, Any]]:
     """Each text with its result; several at once only where ``--batch-size`` says how many."""
     call: Any = pipe
+    pair = options.pop("text_pair", None)
     for group in groups(texts, options.get("batch_size")):
-        yield from zip(group, call(group, **options), strict=True)
+        paired = [{"text": text, "text_pair": pair} for text in group]
+        found = call(group if pair is None else paired, **options)
+        for text, result in zip(group, found, strict=True):
+            # In a list, a text's only label is not wrapped in a list of its own.
+            bare = pipe.task == "text-classification" and isinstance(result, dict)
+            yield text, [result] if bare else result
 
 
 def _lines() -> Iterator[str]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Final, Literal
 
-from ebbtide.errors import InputError, unknown_option
-from ebbtide.pipelines import Pipeline, find
+from ebbtide.errors import InputError, OptionError, unknown_option, unknown_value
+from ebbtide.pipelines import find
 
-Value = bool | int | float | str
+Value = bool | int | str | list[str] | None
+Kind = Literal["flag", "number", "word", "text", "texts"]
 
-_BOOLEANS = {"true": True, "false": False}
-_OWN = ("model", "dtype", "device", "json")
+_BOOLEANS: Final = {"true": True, "false": False}
+_OWN: Final = ("model", "dtype", "device", "json")
+_EXAMPLES: Final = {
+    "feature-extraction": '"The tide goes out." --pooling mean --normalize',
+    "text-classification": '"What a lovely day."',
+    "token-classification": '"Ada lives in Reykjavik." --aggregation-strategy simple',
+    "question-answering": '"When?" --context "The tide goes out at six."',
+    "fill-mask": '"The tide goes [MASK]."',
+    "zero-shot-classification": '"The tide goes out." --candidate-labels "sea, city"',
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,55 +33,113 @@ class CallOption:
 
     Attributes:
         name: Its name in Python.
+        kind: A ``flag`` may stand alone, for true; a ``number`` is whole; a ``word`` is one of
+            `values`; ``texts`` are parted by commas.
         default: What it is where it is not given.
-        values: The values it takes, where they are a closed list of words.
-        flag: Whether it may stand alone, for true.
+        values: The words it takes, where they are a closed list.
+        needed: Whether there is nothing to do without it.
+        none: Whether a number may also be None.
     """
 
     name: str
-    default: object
-    values: tuple[str, ...]
-    flag: bool
+    kind: Kind
+    default: object = None
+    values: tuple[str, ...] = ()
+    needed: bool = False
+    none: bool = False
 
     def parse(self, text: str) -> Value:
-        """The value that a word stands for: bool, int or float where it reads as one, else text."""
-        if self.values:
-            return text
-        if text.lower() in _BOOLEANS:
+        """The value that a word stands for.
+
+        Raises:
+            InputError: It stands for none that the option takes; says which it does.
+            OptionError: The same, for a flag.
+        """
+        if self.kind == "flag":
+            if text.lower() not in _BOOLEANS:
+                raise OptionError(
+                    f"{self.name} takes True or False, not {text!r}.", option=self.name
+                )
             return _BOOLEANS[text.lower()]
-        for kind in (int, float):
+        if self.kind == "number":
+            if self.none and text.lower() == "none":
+                return None
             try:
-                return kind(text)
+                return int(text)
             except ValueError:
-                continue
+                also = " or none" if self.none else ""
+                raise InputError(
+                    f"{self.name} takes a whole number{also}, not {text!r}.", value=text
+                ) from None
+        if self.kind == "word" and text not in self.values:
+            raise unknown_value(self.name, text, self.values)
+        if self.kind == "texts":
+            return [one for one in map(str.strip, text.split(",")) if one]
         return text
+
+
+def example(task: str) -> str:
+    """A command that runs a task."""
+    name = find(task).name
+    return f"ebbtide run {name} {_EXAMPLES[name]}"
 
 
 def call_options(task: str) -> Mapping[str, CallOption]:
     """The options of a task's call, by name.
 
+    What the call takes beside its texts without a name, as a question's context, is an option too:
+    one that is needed.
+
     Example:
-        >>> call_options("feature-extraction")["normalize"].flag
+        >>> call_options("feature-extraction")["normalize"].kind
+        'flag'
+        >>> call_options("question-answering")["context"].needed
         True
     """
-    classes = {one.task: one for one in Pipeline.__subclasses__()}
-    call = classes[find(task).name].__call__
-    types = typing.get_type_hints(call)
-    options = {}
-    for parameter in inspect.signature(call).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            name, hint = parameter.name, types[parameter.name]
-            values = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-            flag = hint is bool or bool in typing.get_args(hint)
-            options[name] = CallOption(name, parameter.default, values, flag)
+    found = find(task)
+    call = found.pipeline.__call__
+    hints = typing.get_type_hints(call)
+    _, _, *parameters = inspect.signature(call).parameters.values()  # self, and the texts
+    options = {
+        one.name: _option(one, hints[one.name])
+        for one in parameters
+        if one.kind is not one.VAR_KEYWORD
+    }
+    if found.name == "text-classification":  # in Python, a part of the input
+        options["text_pair"] = CallOption("text_pair", "text")
     return options
+
+
+def _option(parameter: inspect.Parameter, hint: object) -> CallOption:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = typing.get_args(hint) if union else (hint,)
+    literals = [one for one in members if typing.get_origin(one) is Literal]
+    needed = parameter.kind is not parameter.KEYWORD_ONLY
+    kind: Kind = "text"
+    if literals:
+        kind = "word"
+    elif bool in members:
+        kind = "flag"
+    elif int in members:
+        kind = "number"
+    elif not needed and any(map(typing.get_args, members)):  # as in Sequence[str]
+        kind = "texts"
+    return CallOption(
+        parameter.name,
+        kind,
+        parameter.default,
+        values=tuple(value for one in literals for value in typing.get_args(one)),
+        needed=needed,
+        none=kind == "number" and type(None) in members,
+    )
 
 
 def split(task: str, words: Sequence[str]) -> tuple[list[str], dict[str, Value]]:
     """The texts among the words, and the options of the call with their values.
 
     Raises:
-        InputError: There is no such task, or an option lacks its value.
+        InputError: There is no such task, an option lacks its value or has a wrong one, or one that
+            is needed is not there.
         OptionError: The task's call has no such option; names the nearest.
 
     Example:
@@ -95,15 +163,19 @@ def split(task: str, words: Sequence[str]) -> tuple[list[str], dict[str, Value]]
             follows = value if given else next(rest, None)
             if follows is not None and (given or _is_value(option, follows)):
                 options[name] = option.parse(follows)
-            elif option.flag:
+            elif option.kind == "flag":
                 options[name] = True
                 pushed += [follows] if follows is not None else []
             else:
-                raise InputError(f"--{word[2:]} needs a value.{_choice(option)}", value=word)
-        elif negated is not None and negated.flag and not given:
+                choice = f" Known: {', '.join(option.values)}." if option.values else ""
+                raise InputError(f"--{word[2:]} needs a value.{choice}", value=word)
+        elif negated is not None and negated.kind == "flag" and not given:
             options[negated.name] = False
         else:
             raise unknown_option(name, (*known, *_OWN), where=f"The {task} pipeline")
+    for option in known.values():
+        if option.needed and option.name not in options:
+            raise InputError(f"{task} needs {_dashed(option)}, as in: {example(task)}")
     return texts, options
 
 
@@ -113,11 +185,15 @@ def as_list(option: CallOption) -> str:
     Example:
         >>> as_list(call_options("feature-extraction")["precision"])
         '--precision binary | ubinary'
+        >>> as_list(call_options("question-answering")["context"])
+        '--context TEXT (needed)'
     """
-    name = f"--{option.name.replace('_', '-')}"
-    if option.flag:
-        return f"--[no-]{name[2:]}"
-    return f"{name} {' | '.join(option.values) or type(option.default).__name__.upper()}"
+    if option.kind == "flag":
+        return f"--[no-]{_dashed(option)[2:]}"
+    shown = {"number": "INT", "text": "TEXT", "texts": "TEXT,TEXT,..."}
+    value = " | ".join(option.values) or shown[option.kind]
+    none, needed = " | none" * option.none, " (needed)" * option.needed
+    return f"{_dashed(option)} {value}{none}{needed}"
 
 
 def groups(texts: Iterator[str], size: object) -> Iterator[list[str]]:
@@ -133,11 +209,11 @@ def groups(texts: Iterator[str], size: object) -> Iterator[list[str]]:
         yield group
 
 
+def _dashed(option: CallOption) -> str:
+    return f"--{option.name.replace('_', '-')}"
+
+
 def _is_value(option: CallOption, word: str) -> bool:
-    if option.flag:
+    if option.kind == "flag":
         return word.lower() in _BOOLEANS
     return not word.startswith("--")
-
-
-def _choice(option: CallOption) -> str:
-    return f" Known: {', '.join(option.values)}." if option.values else ""

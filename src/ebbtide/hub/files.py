@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,24 @@ class ModelFiles:
     elsewhere: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def has(self, name: str) -> bool:
+        """Whether the model has a file of this name."""
+        return self._path(name).is_file()
+
+    def look(self, name: str) -> tuple[int, bool]:
+        """A file's bytes, and whether it is on this machine; the model has a file of this name."""
+        return self._path(name).stat().st_size, True
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Have those of these files that the model has on this machine, all at once."""
+
     def find(self, name: str) -> Path | None:
         """The file of this name, or None.
 
         Raises:
             LoadError: Its content is not what the model's package says it is.
         """
-        path = self.elsewhere.get(name, self.folder / name)
+        path = self._path(name)
         if not path.is_file():
             return None
         expected = self.sha256.get(name)
@@ -97,11 +108,14 @@ class ModelFiles:
         Raises:
             LoadError: It cannot be read.
         """
-        path = self.elsewhere.get(name, self.folder / name)
+        path = self._path(name)
         try:
             return path.read_bytes()
         except OSError as error:
             raise LoadError(f"{path} cannot be read: {error}.", path=str(path)) from error
+
+    def _path(self, name: str) -> Path:
+        return self.elsewhere.get(name, self.folder / name)
 
     def _parsed(self, name: str) -> Any:
         path = self.find(name)

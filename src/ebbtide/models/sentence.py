@@ -34,6 +34,9 @@ _NAMES: Final[Mapping[str, str]] = MappingProxyType(
 )
 """The values of ``pooling_mode``, which newer files have in place of these keys."""
 
+SENTENCE_FILES: Final = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json")
+"""Where a recipe usually is."""
+
 _READ: Final = frozenset({"Transformer", "Pooling", "Normalize"})
 
 

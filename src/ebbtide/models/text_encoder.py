@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +21,7 @@ from ebbtide.lifecycle import Lifecycle
 from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import ByFile, ExternalData, OnnxFile, choose
-from ebbtide.models.tokenizer import Batch, Tokenizer
+from ebbtide.models.tokenizer import TOKENIZER_FILES, Batch, Tokenizer
 from ebbtide.runtime import Session, SessionOptions, TensorInfo, devices, dtypes
 
 _FED: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
@@ -43,6 +44,34 @@ class LoadOptions:
     model_file_name: str | None = None
     use_external_data_format: ExternalData = None
     session_options: SessionOptions = dataclasses.field(default_factory=SessionOptions)
+
+    def device_of(self, stem: str, config: ModelConfig) -> str:
+        """Where one file of the model is to run.
+
+        Raises:
+            InputError: There is no such device.
+        """
+        device = dtypes.for_file(self.device, stem, kind="device") or config.device_of(stem)
+        devices.parse(device or "cpu")
+        return device or "cpu"
+
+    def choose(self, files: ModelFiles, config: ModelConfig) -> OnnxFile:
+        """The ONNX file to load.
+
+        Raises:
+            InputError: There is no such device or dtype.
+            ModelNotFoundError: The model has no such file; names the dtypes that it has.
+        """
+        stem = self.model_file_name or "model"
+        return choose(
+            files,
+            config,
+            stem,
+            dtype=self.dtype,
+            device=self.device_of(stem, config),
+            subfolder=self.subfolder,
+            external_data=self.use_external_data_format,
+        )
 
 
 class TextEncoder:
@@ -80,6 +109,7 @@ class TextEncoder:
         files: ModelFiles,
         options: LoadOptions,
         outputs: Outputs,
+        extra_files: Sequence[str],
         lifecycle: Lifecycle,
         token: CancelToken,
     ) -> TextEncoder:
@@ -89,6 +119,7 @@ class TextEncoder:
             files: The model.
             options: What the user chose.
             outputs: What the task needs of the graph.
+            extra_files: What else the task will read, so that all is downloaded together.
             lifecycle: The owner.
             token: The way to stop the load.
 
@@ -99,25 +130,17 @@ class TextEncoder:
             PipelineCancelledError: The token was cancelled.
         """
         config = ModelConfig.read(files)
-        stem = options.model_file_name or "model"
-        device = (
-            dtypes.for_file(options.device, stem, kind="device") or config.device_of(stem) or "cpu"
-        )
-        devices.parse(device)
-        file = choose(
-            files,
-            config,
-            stem,
-            dtype=options.dtype,
-            device=device,
-            subfolder=options.subfolder,
-            external_data=options.use_external_data_format,
-        )
+        device = options.device_of(options.model_file_name or "model", config)
+        file = options.choose(files, config)
+        files.fetch([file.name, *file.parts, *TOKENIZER_FILES, *extra_files])
         runtime.start()
         tokenizer = Tokenizer.load(files, config, token)
         lifecycle.own(tokenizer.lease)
         token.check()
-        session = _session(file, device, options.session_options, token)
+        for part in file.parts:
+            files.find(part)
+        path = files.need(file.name, "it was there a moment ago.")
+        session = _session(path, device, options.session_options, token)
         lifecycle.own(session)
         assert session.value is not None
         _check_inputs(session.value.inputs, files.name)
@@ -168,15 +191,15 @@ class TextEncoder:
 
 
 def _session(
-    file: OnnxFile, device: str, options: SessionOptions, token: CancelToken
+    path: Path, device: str, options: SessionOptions, token: CancelToken
 ) -> Lease[Session]:
-    stat = file.path.stat()
+    stat = path.stat()
     identity = (
-        str(file.path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
+        str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
     )  # fmt: skip
 
     def load() -> Session:
-        return runtime.open_session(file.path, device, options, token)
+        return runtime.open_session(path, device, options, token)
 
     return ledger.acquire((identity, device, options), "session", load, token)
 

@@ -25,6 +25,8 @@ Cut = Literal["longest", "first", "second"]
 _NO_LIMIT: Final = 10**9
 """Repositories write absurd numbers, such as 1e30, for "no limit"."""
 
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
 LONGEST_TEXT: Final = 250_000
 """Characters that are ever tokenised of one text: prose costs 0.2 s and 20 MB, emoji ten times."""
 

@@ -64,6 +64,8 @@ class Pipeline(Disposable):
     task: ClassVar[str]
     outputs: ClassVar[Outputs]
     """What the task needs of the model's graph."""
+    extra_files: ClassVar[tuple[str, ...]] = ()
+    """Files that the task reads beside the graph's and the tokenizer's, where there are any."""
 
     def __init__(self, lifecycle: Lifecycle, model: TextEncoder, about: Any = None) -> None:
         super().__init__(lifecycle)

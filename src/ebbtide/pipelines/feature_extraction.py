@@ -13,7 +13,7 @@ from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, unknown_value
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
-from ebbtide.models.sentence import SentenceRecipe, read_recipe
+from ebbtide.models.sentence import SENTENCE_FILES, SentenceRecipe, read_recipe
 from ebbtide.models.text_encoder import FEATURES, Outputs, TextEncoder
 from ebbtide.models.tokenizer import Batch
 from ebbtide.pipelines import inputs as given
@@ -55,6 +55,7 @@ class FeatureExtractionPipeline(Pipeline):
 
     task: ClassVar[str] = "feature-extraction"
     outputs: ClassVar[Outputs] = FEATURES
+    extra_files: ClassVar[tuple[str, ...]] = SENTENCE_FILES
 
     def __init__(
         self, lifecycle: Lifecycle, model: TextEncoder, recipe: SentenceRecipe | None = None
