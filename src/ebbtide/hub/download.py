@@ -13,6 +13,7 @@ import hashlib
 import os
 import queue
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
@@ -30,6 +31,7 @@ from ebbtide.hub.events import Bars, FileProgress, Listener, ProgressEvent
 _AT_ONCE: Final = 4
 _CHUNK: Final = 1 << 20
 _RETRIES: Final = 5
+_PAUSE: Final = 0.1  # seconds; doubled from one attempt that brought nothing to the next
 _LIBRARY: Final = "ebbtide"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -191,6 +193,7 @@ class Hub:
 
         url = hf_hub_url(self._model, file.name, revision=commit, endpoint=constants.ENDPOINT)
         headers = build_hf_headers(token=self._token, library_name=_LIBRARY)
+        headers["Accept-Encoding"] = "identity"  # a part's bytes must be the file's
         left = _RETRIES
         with part.open("ab") as out:
             if out.tell() > file.size:
@@ -208,7 +211,7 @@ class Hub:
                         hf_raise_for_status(response)
                         if have and response.status_code != 206:
                             _empty(out)  # the server sends all of it
-                        for chunk in response.iter_bytes(chunk_size=_CHUNK):
+                        for chunk in response.iter_bytes():
                             stopped.check()
                             out.write(chunk)
                             told.put(_News(file, out.tell()))
@@ -219,6 +222,8 @@ class Hub:
                     left = _RETRIES if out.tell() > have else left - 1
                     if left < 1:
                         raise
+                    if out.tell() == have:
+                        time.sleep(_PAUSE * 2 ** (_RETRIES - left))
                     continue
                 if out.tell() != file.size:
                     size = out.tell()
