@@ -2,11 +2,10 @@
 
     python benchmarks/tasks.py [MODELS] [--cycles 1000]
 
-MODELS is a folder with one model a task: sequence, token, span, mask, nli (by default the tests' tiny
-BERT) and sentence (by default tiny-bert). Each cycle loads one task's
-pipeline, calls it with inputs of changing shapes, sometimes with an error, and disposes it; which
-task comes next is drawn. All figures are anonymous memory in MB of 1,000,000 bytes. The last line is
-JSON.
+MODELS is a folder with one model a task: sequence, token, span, mask, nli (by default the tests'
+tiny BERT), and sentence (by default tiny-bert). Each cycle loads one task's pipeline, calls it with
+inputs of changing shapes, sometimes with a bad one, and disposes it; which task comes next is drawn.
+All figures are anonymous memory in MB of 1,000,000 bytes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,8 @@ from typing import Any
 import ebbtide
 from ebbtide.memory import anonymous_bytes
 
-WORDS = "the tide goes out and leaves the boats of the harbour lying on their sides".split()
+SENTENCE = "the tide goes out and leaves the boats of the harbour lying on their sides"
+WORDS = SENTENCE.split()
 TESTS = Path(__file__).parent.parent / "tests" / "models"
 FOLDERS = {
     "text-classification": "sequence",
@@ -119,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
