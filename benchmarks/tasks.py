@@ -4,7 +4,7 @@
 
 MODELS is a folder with one model a task: sequence, token, span, mask, nli (by default the tests'
 tiny BERT), and sentence (by default tiny-bert). Each cycle loads one task's pipeline, calls it with
-inputs of changing shapes, sometimes with a bad one, and disposes it; which task comes next is drawn.
+inputs of changing shapes, sometimes with a bad one, and disposes it; the next task is drawn.
 All figures are anonymous memory in MB of 1,000,000 bytes. The last line is JSON.
 """
 
