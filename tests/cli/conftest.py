@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,16 @@ COMMAND = [sys.executable, "-W", "error", "-m", "ebbtide.cli"]
 Run = Callable[..., "Ended"]
 Start = Callable[..., "subprocess.Popen[str]"]
 
+MODELS = Path(__file__).parents[1] / "models"
+MODEL_OF = {
+    "feature-extraction": MODELS / "tiny-bert",
+    "text-classification": MODELS / "bert" / "sequence",
+    "token-classification": MODELS / "bert" / "token",
+    "question-answering": MODELS / "bert" / "span",
+    "fill-mask": MODELS / "bert" / "mask",
+    "zero-shot-classification": MODELS / "bert" / "nli",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
@@ -30,6 +41,10 @@ class Ended:
     @property
     def lines(self) -> list[Any]:
         return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        return [line.split("\t") for line in self.out.splitlines()]
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
@@ -59,6 +74,39 @@ def ebbtide_run() -> Run:
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def ebbtide_on_terminal() -> Run:
+    """Runs the command to its end on a terminal of 80 columns; standard error is none."""
+
+    def run(*words: str | Path) -> Ended:
+        leader, follower = pty.openpty()
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, words)],
+            stdin=follower,
+            stdout=follower,
+            stderr=subprocess.PIPE,
+            env=_environment({"COLUMNS": "80", "TERM": "xterm"}),
+        )
+        os.close(follower)
+        shown = b""
+        try:
+            while piece := os.read(leader, 4096):
+                shown += piece
+        except OSError:  # Linux: the other end is closed
+            pass
+        _, told = process.communicate()
+        os.close(leader)
+        return Ended(process.returncode, shown.decode(), told.decode())
+
+    return run
+
+
+@pytest.fixture
+def model_of() -> dict[str, Path]:
+    """Each task's model."""
+    return MODEL_OF
 
 
 @pytest.fixture

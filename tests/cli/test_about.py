@@ -9,6 +9,8 @@ from typing import Any
 
 import ebbtide
 from ebbtide import memory
+from ebbtide.cli.words import call_options
+from ebbtide.pipelines import TASKS
 
 
 def test_info_says_versions_limit_and_where_each_setting_came_from(ebbtide_run: Any) -> None:
@@ -52,14 +54,33 @@ def test_info_warns_of_two_runtimes_in_one_folder(ebbtide_run: Any, tmp_path: Pa
 
 def test_tasks_lists_each_task_with_its_options(ebbtide_run: Any) -> None:
     listed = json.loads(ebbtide_run("tasks", "--json").out)
-    [task] = listed["tasks"]
-    assert task["name"] == "feature-extraction"
-    assert task["aliases"] == ["embeddings"]
-    assert "mean" in task["options"]["pooling"]["values"]
+    tasks = {task["name"]: task for task in listed["tasks"]}
+    assert list(tasks) == list(TASKS)
+    assert tasks["feature-extraction"]["aliases"] == ["embeddings"]
+    assert "mean" in tasks["feature-extraction"]["options"]["pooling"]["values"]
+    assert all(task["example"].startswith(f"ebbtide run {name} ") for name, task in tasks.items())
+    options = tasks["token-classification"]["options"]
+    assert options["ignore_labels"] == {
+        "kind": "texts", "default": ["O"], "values": [], "needed": False,
+    }  # fmt: skip
+    assert options["stride"]["kind"] == "number"
+    needed = [
+        name
+        for task in tasks.values()
+        for name, option in task["options"].items()
+        if option["needed"]
+    ]
+    assert needed == ["context", "candidate_labels"]
     assert isinstance(listed["installed_models"], list)
+
+
+def test_tasks_for_people_has_the_same_and_fits_80_columns(ebbtide_run: Any) -> None:
     shown = ebbtide_run("tasks", COLUMNS="80").out
-    for word in (task["default_model"], task["takes"], task["gives"], "--batch-size"):
-        assert word in shown
+    for task in TASKS.values():
+        for word in (task.name, *task.aliases, task.default_model, task.takes, task.gives):
+            assert word in shown
+        for option in call_options(task.name).values():
+            assert option.name.replace("_", "-") in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -42,6 +42,40 @@ def test_a_wrong_call_names_what_was_meant_and_exits_with_2(
     assert ended.out == ""
 
 
+def test_a_wrong_option_is_named_before_a_model_is_looked_for(ebbtide_run: Any) -> None:
+    ended = ebbtide_run("run", "question-answering", "When?", "--model", "./no/such/folder")
+    assert ended.code == 2
+    assert "needs --context" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "named"),
+    [
+        ("text-classification", ("x", "--top-k", "0"), "top_k takes a whole number from 1"),
+        ("token-classification", ("x", "--stride", "2"), "stride needs an aggregation_strategy"),
+        ("question-answering", ("x", "--context="), "The context is empty"),
+        ("fill-mask", ("the tide",), "put [MASK] where a word is to be filled in"),
+        ("zero-shot-classification", ("x", "--candidate-labels="), "name at least one"),
+        ("zero-shot-classification", ("x", "--candidate-labels=a,a"), "'a' more than once"),
+    ],
+)
+def test_what_a_pipeline_refuses_is_said_in_one_line(
+    ebbtide_run: Any, model_of: Any, task: str, words: tuple[str, ...], named: str
+) -> None:
+    ended = ebbtide_run("run", task, *words, "--model", model_of[task])
+    assert (ended.code, ended.out) == (2, "")
+    assert named in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_without_a_text_an_example_of_the_task_is_given(ebbtide_on_terminal: Any) -> None:
+    ended = ebbtide_on_terminal("run", "fill-mask")
+    assert (ended.code, ended.out) == (2, "")
+    assert "There is no text" in ended.err
+    assert 'ebbtide run fill-mask "The tide goes [MASK]."' in ended.err
+
+
 def test_an_unknown_command_exits_with_2_and_no_traceback(ebbtide_run: Any) -> None:
     ended = ebbtide_run("rnu")
     assert ended.code == 2

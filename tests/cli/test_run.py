@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import ebbtide
 
 TASK = "feature-extraction"
 TEXTS = ["the tide goes out", "a much longer sentence about the sea"]
+
+an_array_or_labels = pytest.mark.parametrize("task", [TASK, "text-classification"])
 
 
 def test_json_is_one_line_a_text_with_the_numbers_the_pipeline_gives(
@@ -60,38 +59,21 @@ def test_without_a_terminal_rows_are_plain_and_the_receipt_is_on_stderr(
     assert ended.err.count("\n") == 1
 
 
-def test_on_a_terminal_there_is_a_table(tiny_bert: Path) -> None:
-    leader, follower = pty.openpty()
-    words = ["run", TASK, *TEXTS, "--model", str(tiny_bert), "--normalize", "--pooling", "mean"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ebbtide.cli", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=follower,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "80", "TERM": "xterm"},
+def test_on_a_terminal_there_is_a_table(ebbtide_on_terminal: Any, tiny_bert: Path) -> None:
+    ended = ebbtide_on_terminal(
+        "run", TASK, *TEXTS, "--model", tiny_bert, "--normalize", "--pooling", "mean"
     )
-    os.close(follower)
-    shown = b""
-    try:
-        while piece := os.read(leader, 4096):
-            shown += piece
-    except OSError:  # Linux: the other end is closed
-        pass
-    _, told = process.communicate()
-    os.close(leader)
-    assert process.returncode == 0, told
-    assert b"first numbers" in shown
-    assert b"shape" in shown
-    assert b"length" in shown
-    assert TEXTS[0].encode() in shown
-    assert TEXTS[1][:28].encode() in shown
-    assert b"\x1b[" in shown
-    assert b"1.0000" in shown
-    assert told.startswith(b"released ")
+    assert ended.code == 0, ended.err
+    for word in ("first numbers", "shape", "length", TEXTS[0], TEXTS[1][:28], "\x1b[", "1.0000"):
+        assert word in ended.out
+    assert ended.err.startswith("released ")
 
 
-def test_lines_of_a_pipe_are_answered_one_by_one(ebbtide_start: Any, tiny_bert: Path) -> None:
-    process = ebbtide_start("run", TASK, "--model", tiny_bert, "--json")
+@an_array_or_labels
+def test_lines_of_a_pipe_are_answered_one_by_one(
+    ebbtide_start: Any, model_of: Any, task: str
+) -> None:
+    process = ebbtide_start("run", task, "--model", model_of[task], "--json")
     for text in ("first", "second", "", "fourth"):
         process.stdin.write(text + "\n")
         process.stdin.flush()
@@ -101,19 +83,21 @@ def test_lines_of_a_pipe_are_answered_one_by_one(ebbtide_start: Any, tiny_bert: 
     assert process.stderr.read() == ""
 
 
+@an_array_or_labels
 def test_a_batch_size_reads_so_many_lines_at_once_and_loses_none(
-    ebbtide_run: Any, tiny_bert: Path
+    ebbtide_run: Any, model_of: Any, task: str
 ) -> None:
     texts = [f"line {number}" for number in range(5)]
     ended = ebbtide_run(
-        "run", TASK, "--model", tiny_bert, "--json", "--batch-size", "2", "--pooling=cls",
+        "run", task, "--model", model_of[task], "--json", "--batch-size", "2",
         stdin="\n".join(texts),
     )  # fmt: skip
     assert [line["text"] for line in ended.lines] == texts
 
 
-def test_nothing_on_stdin_is_nothing_on_stdout(ebbtide_run: Any, tiny_bert: Path) -> None:
-    ended = ebbtide_run("run", TASK, "--model", tiny_bert, "--json", stdin="")
+@an_array_or_labels
+def test_nothing_on_stdin_is_nothing_on_stdout(ebbtide_run: Any, model_of: Any, task: str) -> None:
+    ended = ebbtide_run("run", task, "--model", model_of[task], "--json", stdin="")
     assert (ended.code, ended.out) == (0, "")
 
 
@@ -122,8 +106,11 @@ def test_a_text_after_two_dashes_is_a_text(ebbtide_run: Any, tiny_bert: Path) ->
     assert [line["text"] for line in ended.lines] == ["one", "--pooling", "-x"]
 
 
-def test_a_reader_that_has_enough_ends_it_quietly(ebbtide_start: Any, tiny_bert: Path) -> None:
-    process = ebbtide_start("run", TASK, "--model", tiny_bert, "--json")
+@an_array_or_labels
+def test_a_reader_that_has_enough_ends_it_quietly(
+    ebbtide_start: Any, model_of: Any, task: str
+) -> None:
+    process = ebbtide_start("run", task, "--model", model_of[task], "--json")
     process.stdin.write("one\n")
     process.stdin.flush()
     assert json.loads(process.stdout.readline())["text"] == "one"
@@ -134,8 +121,9 @@ def test_a_reader_that_has_enough_ends_it_quietly(ebbtide_start: Any, tiny_bert:
     assert process.stderr.read() == ""
 
 
-def test_control_c_ends_it_quietly_with_130(ebbtide_start: Any, tiny_bert: Path) -> None:
-    process = ebbtide_start("run", TASK, "--model", tiny_bert, "--json")
+@an_array_or_labels
+def test_control_c_ends_it_quietly_with_130(ebbtide_start: Any, model_of: Any, task: str) -> None:
+    process = ebbtide_start("run", task, "--model", model_of[task], "--json")
     process.stdin.write("one\n")
     process.stdin.flush()
     assert json.loads(process.stdout.readline())["text"] == "one"

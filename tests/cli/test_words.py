@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbtide.cli.words import call_options, groups, split
-from ebbtide.errors import InputError, OptionError
-from ebbtide.pipelines import FeatureExtractionPipeline
+from ebbtide.errors import EbbtideError, InputError, OptionError
+from ebbtide.pipelines import TASKS
 
 TASK = "feature-extraction"
 
@@ -30,8 +31,6 @@ TASK = "feature-extraction"
         ("--normalize --pooling cls one", ["one"], {"normalize": True, "pooling": "cls"}),
         ("--batch-size 8 one", ["one"], {"batch_size": 8}),
         ("--batch_size -1 one", ["one"], {"batch_size": -1}),
-        ("--batch-size 2.5 one", ["one"], {"batch_size": 2.5}),
-        ("--batch-size many one", ["one"], {"batch_size": "many"}),
         ("--pooling none --pooling max one", ["one"], {"pooling": "max"}),
     ],
 )
@@ -39,6 +38,56 @@ def test_texts_and_options_are_told_apart(
     words: str, texts: list[str], options: dict[str, object]
 ) -> None:
     assert split(TASK, words.split()) == (texts, options)
+
+
+@pytest.mark.parametrize(
+    ("task", "word", "value"),
+    [
+        ("text-classification", "--top-k=none", None),
+        ("text-classification", "--top-k=3", 3),
+        ("text-classification", "--function-to-apply=none", "none"),
+        ("text-classification", "--text-pair=a, b", "a, b"),
+        ("token-classification", "--ignore-labels=O, B-PER", ["O", "B-PER"]),
+        ("token-classification", "--ignore-labels=", []),
+        ("token-classification", "--stride=0", 0),
+        ("question-answering", "--context=1984", "1984"),
+        ("question-answering", "--context=one, two", "one, two"),
+        ("fill-mask", "--targets=12,true", ["12", "true"]),
+        ("zero-shot-classification", "--candidate-labels=sea, city", "sea, city"),
+        ("zero-shot-classification", "--entailment-label=none", "none"),
+        ("zero-shot-classification", "--hypothesis-template=5 {}", "5 {}"),
+    ],
+)
+def test_a_value_is_of_the_kind_that_the_signature_says(
+    task: str, word: str, value: object
+) -> None:
+    needed = ["--context=x"] * (task == "question-answering")
+    needed += ["--candidate-labels=x"] * (task == "zero-shot-classification")
+    _, options = split(task, [*needed, word])
+    name = word[2:].partition("=")[0].replace("-", "_")
+    assert options[name] == value
+    assert type(options[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("question-answering x", "needs --context, as in: ebbtide run question-answering"),
+        ("question-answering x --context", "--context needs a value"),
+        ("zero-shot-classification x", "needs --candidate-labels"),
+        ("zero-shot-classification x --multi-label=1", "takes True or False, not '1'"),
+        ("text-classification x --top-k many", "a whole number or none, not 'many'"),
+        ("text-classification x --top-k=2.5", "a whole number or none, not '2.5'"),
+        ("fill-mask x --top-k none", "a whole number, not 'none'"),
+        ("fill-mask x --text-pair y", "no option 'text_pair'"),
+        ("ner x --aggregation-strategy frist", "Did you mean 'first'?"),
+        ("sentiment-analysis x --function-to-apply sofmax", "Did you mean 'softmax'?"),
+    ],
+)
+def test_a_value_that_the_signature_does_not_take_is_an_error(words: str, named: str) -> None:
+    task, *rest = words.split()
+    with pytest.raises(EbbtideError, match=re.escape(named)):
+        split(task, rest)
 
 
 @given(st.lists(st.text().filter(lambda text: not text.startswith("--"))))
@@ -60,7 +109,18 @@ def test_an_option_that_the_call_lacks_is_an_error() -> None:
         split(TASK, ["--precision"])
 
 
-def test_the_options_are_those_of_the_signature() -> None:
-    signature = inspect.signature(FeatureExtractionPipeline.__call__)
-    keywords = [one.name for one in signature.parameters.values() if one.kind is one.KEYWORD_ONLY]
-    assert list(call_options("embeddings")) == keywords
+@pytest.mark.parametrize("task", TASKS)
+def test_the_options_are_those_of_the_signature(task: str) -> None:
+    _, _, *parameters = inspect.signature(TASKS[task].pipeline.__call__).parameters
+    found = [name for name in call_options(task) if name != "text_pair"]
+    assert found == [name for name in parameters if name != "unknown"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_default_is_a_value_of_its_option(task: str) -> None:
+    kinds = {"flag": bool, "number": int, "word": str, "text": str, "texts": tuple}
+    for option in call_options(task).values():
+        if option.default is not None and not option.needed:
+            assert type(option.default) is kinds[option.kind]
+        if option.values and option.default is not None:
+            assert option.default in option.values

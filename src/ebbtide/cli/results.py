@@ -142,7 +142,8 @@ def _own_labels(text: str, found: Any) -> Iterator[Row]:
 
 
 def _score(score: float) -> str:
-    return f"{score:.4f}"
+    """Four digits; of a score that has none there, its size."""
+    return f"{score:.0e}" if 0 < abs(score) < 0.0001 else f"{score:.4f}"
 
 
 def _place(found: Any) -> str:

@@ -145,7 +145,7 @@ class FillMaskPipeline(Pipeline):
     ) -> Callable[[object], Callable[[CancelToken], Any]]:
         given.count("top_k", top_k)
         given.batch_size(batch_size)
-        wanted = None if targets is None else given.texts(targets)[0]
+        wanted = None if targets is None else given.texts(targets, "Target")[0]
 
         def prepare(inputs: object) -> Callable[[CancelToken], Any]:
             texts, alone = given.texts(inputs)

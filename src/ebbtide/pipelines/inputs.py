@@ -15,15 +15,19 @@ TextPair = tuple[str, str]
 """Two texts that the model reads together."""
 
 
-def texts(inputs: object) -> tuple[list[str], bool]:
+def texts(inputs: object, what: str = "Input") -> tuple[list[str], bool]:
     """The texts, and whether there was one alone.
+
+    Args:
+        inputs: What was passed.
+        what: What one of them is called.
 
     Raises:
         InputError: Something else than a text, or no text at all.
     """
     if isinstance(inputs, str):
         return [inputs], True
-    return [_text(one, f"Input {index}") for index, one in enumerate(_items(inputs))], False
+    return [_text(one, f"{what} {index}") for index, one in enumerate(_items(inputs, what))], False
 
 
 def texts_or_pairs(inputs: object) -> tuple[list[str | TextPair], bool]:
@@ -100,13 +104,13 @@ def yes_or_no(name: str, value: object) -> bool:
     return value
 
 
-def _items(inputs: object) -> list[object]:
+def _items(inputs: object, what: str = "Input") -> list[object]:
     if isinstance(inputs, bytes | bytearray | memoryview):
         raise InputError("A text is needed, and this is bytes: decode them first.")
     if isinstance(inputs, Sequence) or (isinstance(inputs, np.ndarray) and inputs.ndim == 1):
         items = list(inputs)
         if not items:
-            raise InputError("There is no text in an empty list: pass at least one.")
+            raise InputError(f"{what}: there is no text in an empty list. Pass at least one.")
         return items
     raise InputError(
         f"A text, a list of texts or an iterator of texts is needed, not {type(inputs).__name__}."
@@ -143,5 +147,7 @@ def _asked(value: object) -> TextPair:
         )
     for key in ("question", "context"):
         if not _text(value[key], f"The {key}").strip():
-            raise InputError(f"The {key} is empty: there is nothing to answer, or to answer from.")
+            raise InputError(
+                f"The {key} is empty: a question needs words, and so does its context."
+            )
     return str(value["question"]), str(value["context"])

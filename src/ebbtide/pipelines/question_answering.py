@@ -333,7 +333,7 @@ def _borders(encoding: Encoding, sequence: int) -> NDArray[np.int64]:
     """Where the word that a token is of begins and ends: [tokens, 2]; for no word, the token."""
     borders = encoding.offsets
     words = np.where(encoding.sequences == sequence, encoding.words, -1)
-    for word in np.unique(words[words >= 0]):
+    for word in set(words[words >= 0].tolist()):  # `np.unique` would import a megabyte
         (tokens,) = np.nonzero(words == word)
         borders[tokens] = borders[tokens[0], 0], borders[tokens[-1], 1]
     return borders

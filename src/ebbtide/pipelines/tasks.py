@@ -79,7 +79,7 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 aliases=(),
                 default_model="onnx-community/ettin-encoder-32m-ONNX",
                 pipeline=FillMaskPipeline,
-                takes="text with masks",
+                takes="text with masks, as in [MASK] or <mask>",
                 gives="tokens for each mask, with scores",
             ),
             Task(
