@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         RunError,
         UnsupportedModelError,
     )
-    from ebbtide.factory import PipelineOptions, apipeline, model_files, pipeline
+    from ebbtide.factory import PipelineOptions, apipeline, download, model_files, pipeline
     from ebbtide.hub import ProgressEvent
     from ebbtide.lifecycle import DisposalReceipt, State, dispose_all, live
     from ebbtide.models.catalog import cached_models, remove_cached
@@ -71,6 +71,7 @@ _HOMES = {
     "UnsupportedModelError": "errors",
     "PipelineOptions": "factory",
     "apipeline": "factory",
+    "download": "factory",
     "model_files": "factory",
     "pipeline": "factory",
     "cached_models": "models.catalog",
@@ -127,6 +128,7 @@ __all__ = [
     "apipeline",
     "cached_models",
     "dispose_all",
+    "download",
     "errors",
     "live",
     "memory",

@@ -298,16 +298,49 @@ def model_files(task: str, model: Model = None, **options: Unpack[PipelineOption
         >>> needed.dtype, needed.to_download
         ('q8', 0)
     """
+    return _summary("model_files()", task, model, options)[1]
+
+
+def download(task: str, model: Model = None, **options: Unpack[PipelineOptions]) -> ModelSummary:
+    """Have on this machine what loading a model will take, and load nothing.
+
+    Args:
+        task: As for `pipeline`.
+        model: As for `pipeline`.
+        **options: As for `pipeline`.
+
+    Returns:
+        The files, all of them here.
+
+    Raises:
+        EbbtideError: As `pipeline`, for what can be known without a load.
+
+    Example:
+        >>> download("feature-extraction", "tests/models/tiny-bert").to_download
+        0
+    """
+    files, summary = _summary("download()", task, model, options)
+    files.fetch([one.name for one in summary.files])
+    return _summary("download()", task, model, options, files)[1]
+
+
+def _summary(
+    where: str,
+    task: str,
+    model: Model,
+    options: PipelineOptions,
+    files: hub.ModelFiles | None = None,
+) -> tuple[hub.ModelFiles, ModelSummary]:
     chosen = find(task)
-    listener, hub_options, load_options = _understood("model_files()", options)
-    files = hub.resolve(
+    listener, hub_options, load_options = _understood(where, options)
+    files = files or hub.resolve(
         model,
         task=chosen.name,
         default=chosen.default_model,
         options=hub_options,
         listener=listener,
     )
-    return summarise(files, load_options, chosen.pipeline.extra_files)
+    return files, summarise(files, load_options, chosen.pipeline.extra_files)
 
 
 def _wrapped(lifecycle: Lifecycle, made: _Made) -> Pipeline:

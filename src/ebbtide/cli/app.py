@@ -111,12 +111,13 @@ def _run(
         list[str] | None, typer.Argument(metavar="TEXT", help="The texts; none: standard input.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A folder, or the name of an installed model.")
+        str | None, typer.Option(help="A folder, an installed model's name, or an id.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Which of its files: fp32, fp16, q8, int8, q4 ...")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, dml, coreml or auto.")] = "cpu",
+    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON line a text, and nothing else.")
     ] = False,
@@ -126,7 +127,7 @@ def _run(
 
     run(
         task, words or [], ctx.obj or [],
-        model=model, dtype=dtype, device=device, as_json=as_json,
+        model=model, dtype=dtype, device=device, revision=revision, as_json=as_json,
     )  # fmt: skip
 
 
@@ -136,6 +137,63 @@ def _tasks(as_json: Json = False) -> None:
     from ebbtide.cli.about import tasks
 
     tasks(as_json=as_json)
+
+
+models = typer.Typer(
+    cls=_Commands,
+    invoke_without_command=True,
+    help="List the models in the cache; show, download or remove one.",
+)
+app.add_typer(models, name="models")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id, as in org/name.")]
+Task = Annotated[str, typer.Option(help="What it is for: a task reads more than its graph.")]
+Dtype = Annotated[str | None, typer.Option(help="Which of its files: fp32, fp16, q8, q4 ...")]
+Revision = Annotated[str, typer.Option(help="A branch, a tag or a commit.")]
+
+
+@models.callback()
+def _models(ctx: typer.Context, as_json: Json = False) -> None:
+    if ctx.invoked_subcommand is None:
+        from ebbtide.cli.models import cached
+
+        cached(as_json=as_json)
+
+
+@models.command("show")
+def _models_show(
+    model: Model,
+    task: Task = "feature-extraction",
+    dtype: Dtype = None,
+    revision: Revision = "main",
+    as_json: Json = False,
+) -> None:
+    """Say which files a load of a model takes, and which are here."""
+    from ebbtide.cli.models import show
+
+    show(task, model, {"dtype": dtype, "revision": revision}, as_json=as_json)
+
+
+@models.command("download")
+def _models_download(
+    model: Model,
+    task: Task = "feature-extraction",
+    dtype: Dtype = None,
+    revision: Revision = "main",
+    as_json: Json = False,
+) -> None:
+    """Have a model in the cache before it is needed."""
+    from ebbtide.cli.models import download
+
+    download(task, model, {"dtype": dtype, "revision": revision}, as_json=as_json)
+
+
+@models.command("remove")
+def _models_remove(model: Model, as_json: Json = False) -> None:
+    """Delete a model from the cache."""
+    from ebbtide.cli.models import remove
+
+    remove(model, as_json=as_json)
 
 
 @app.command("info")

@@ -23,6 +23,7 @@ def run(
     model: str | None,
     dtype: str | None,
     device: str,
+    revision: str,
     as_json: bool,
 ) -> None:
     """Run a task on texts, and print what comes out as it comes.
@@ -34,6 +35,7 @@ def run(
         model: The model, or None for the task's default.
         dtype: Which of its files.
         device: Where to run.
+        revision: Which version of a model on the hub.
         as_json: One JSON line a text, and nothing else on standard output.
     """
     texts, options = split(task, words)
@@ -44,7 +46,7 @@ def run(
             f"There is no text. Pass some ({example(task)}), or pipe lines to standard input."
         )
     view = results.VIEWS[find(task).name]
-    with ebbtide.pipeline(task, model, dtype=dtype, device=device) as pipe:
+    with ebbtide.pipeline(task, model, dtype=dtype, device=device, revision=revision) as pipe:
         found = _results(pipe, _lines() if piped else iter(texts), options)
         try:
             if as_json or piped or not sys.stdout.isatty():
