@@ -72,6 +72,7 @@ class Fault:
     method: str | None
     status: int | None
     headers: Mapping[str, str]
+    body: bytes
     refuse: bool
     hold: bool
     cut_after: int | None
@@ -248,6 +249,7 @@ class Hub:
         method: Literal["GET", "HEAD"] | None = None,
         status: int | None = None,
         headers: Mapping[str, str] | None = None,
+        body: bytes = b"The hub is at fault",
         refuse: bool = False,
         hold: bool = False,
         cut_after: int | None = None,
@@ -265,7 +267,7 @@ class Hub:
                 ``/cdn/<sha256>/<id>/<file>``, which has the content.
             times: How many requests are hit; None for all.
             method: Of the requests that are hit; None for both.
-            status: Answer with this status, and these ``headers``.
+            status: Answer with this status, these ``headers`` and this ``body``.
             refuse: Close the connection without an answer.
             hold: Answer only when `Fault.release` is set.
             cut_after: Close the connection after so many bytes of the answer's body.
@@ -279,7 +281,7 @@ class Hub:
         neither HEAD nor redirects nor refusals.
         """
         fault = Fault(
-            pattern, times, method, status, headers or {}, refuse, hold, cut_after, reset,
+            pattern, times, method, status, headers or {}, body, refuse, hold, cut_after, reset,
             stall_after, flip, ignore_range, release or threading.Event(),
         )  # fmt: skip
         assert fault._of_body or status or refuse or hold, "a fault in which nothing goes wrong"
@@ -718,7 +720,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault.status is not None:
             about = {"Content-Type": "text/plain", **fault.headers}
-            self._send(_Answer(fault.status, b"The hub is at fault", about))
+            self._send(_Answer(fault.status, fault.body, about))
             return
         if fault.flip is not None:
             content = bytearray(answer.body)

@@ -13,13 +13,14 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_ODD: Final = re.compile(r"[\\\x00]")  # another system's separator, and what no name can have
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,22 +81,30 @@ class Repository:
         """What a commit has, if that was ever looked up."""
         try:
             files = json.loads(self._listing_path(commit).read_bytes())
-            known = [FileInfo(str(one[0]), int(one[1]), str(one[2])) for one in files]
-        except (OSError, ValueError, TypeError, LookupError):
+            known = {name: FileInfo(name, int(size), hashed) for name, size, hashed in files}
+            sound = all(usable(one.name, one.hash) for one in known.values())
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
-        return {one.name: one for one in known}
+        return known if known and sound else None
 
-    def remember(self, revision: str, commit: str, listing: Listing) -> None:
-        """Note which commit a revision is, and what the commit has.
+    def remember(self, commit: str, listing: Listing) -> None:
+        """Note what a commit has.
 
         Raises:
             OSError: The cache cannot be written.
         """
-        if self.commit_of(revision) != commit and revision != commit:
-            _write(self.folder / "refs" / revision, commit)
         if self.listing(commit) is None:
             files = [[one.name, one.size, one.hash] for one in listing.values()]
-            _write(self._listing_path(commit), json.dumps(files))
+            self._write(self._listing_path(commit), json.dumps(files))
+
+    def refer(self, revision: str, commit: str) -> None:
+        """Note which commit a revision is.
+
+        Raises:
+            OSError: The cache cannot be written.
+        """
+        if revision != commit and self.commit_of(revision) != commit:
+            self._write(self.folder / "refs" / revision, commit)
 
     def place(self, file: FileInfo, commit: str) -> None:
         """Put a file that is among the blobs under its name, by a link where there are links.
@@ -123,12 +132,24 @@ class Repository:
     def _listing_path(self, commit: str) -> Path:
         return self.folder / ".ebbtide" / f"{commit}.json"
 
+    def _write(self, path: Path, text: str) -> None:
+        """Write a file as a whole, for all whom the umask lets read it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._listing_path(f"{os.getpid()}-{threading.get_ident()}")
+        temporary.parent.mkdir(exist_ok=True)
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
 
 def usable(name: str, hashed: str) -> bool:
     """Whether a file as the hub describes it can have a place in the cache, and nowhere else."""
     parts = name.split("/")
-    good = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
-    return good and not os.path.isabs(name) and _HASH.fullmatch(hashed) is not None
+    good = all(part not in ("", ".", "..") and not _ODD.search(part) for part in parts)
+    return good and _HASH.fullmatch(hashed) is not None
 
 
 def default_root() -> Path:
@@ -136,15 +157,3 @@ def default_root() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name[:50])
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

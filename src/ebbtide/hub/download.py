@@ -14,7 +14,7 @@ import os
 import queue
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
@@ -25,14 +25,16 @@ from ebbtide.errors import (
     EbbtideError,
     ModelNotFoundError,
 )
-from ebbtide.hub.cache import FileInfo, Listing, Repository, usable
+from ebbtide.hub.cache import COMMIT, FileInfo, Listing, Repository, usable
 from ebbtide.hub.events import Bars, FileProgress, Listener, ProgressEvent
 
 _AT_ONCE: Final = 4
 _CHUNK: Final = 1 << 20
 _RETRIES: Final = 5
+_PATIENCE: Final = 1.0  # seconds between two looks at whether a lock is still wanted
 _PAUSE: Final = 0.1  # seconds; doubled from one attempt that brought nothing to the next
 _LIBRARY: Final = "ebbtide"
+_NONSENSE: Final = (ValueError, TypeError, LookupError, AttributeError)  # there was an answer
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 ResultT = TypeVar("ResultT")
@@ -69,28 +71,22 @@ class Hub:
 
         api = HfApi(endpoint=constants.ENDPOINT, library_name=_LIBRARY)
 
-        def ask() -> Any:
-            return api.model_info(
+        def ask() -> tuple[str, Listing]:
+            info = api.model_info(
                 self._model,
                 revision=self._revision,
                 files_metadata=True,
                 token=self._token,
                 timeout=constants.HF_HUB_ETAG_TIMEOUT,
             )
+            return _understood(info)
 
         try:
-            info = _aside(ask, token)
+            commit, files = _aside(ask, token)
         except Exception as error:
             raise self._translated(error, None) from None
-        files = {}
-        for one in info.siblings or ():
-            hashed = one.lfs.sha256 if one.lfs else one.blob_id
-            if hashed and usable(one.rfilename, hashed):
-                size = one.lfs.size if one.lfs else one.size
-                files[one.rfilename] = FileInfo(one.rfilename, int(size or 0), hashed)
-        commit = str(info.sha)
         with contextlib.suppress(OSError):  # a cache that is read-only may hold all that is needed
-            self._repository.remember(self._revision, commit, files)
+            self._repository.remember(commit, files)
         return commit, files
 
     def fetch(
@@ -155,13 +151,13 @@ class Hub:
         told: queue.SimpleQueue[_News | None],
         stopped: CancelToken,
     ) -> None:
-        from huggingface_hub.utils import WeakFileLock
-
         blob = self._repository.blob(file)
         lock = self._repository.lock(file)
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):  # another process may be downloading the same
+        with _locked(lock, stopped):  # another process may be downloading the same
+            if (self._repository.snapshot(commit) / file.name).is_file():
+                return
             if not blob.exists():
                 part = blob.with_name(f"{blob.name}.ebbtide-part")
                 _check_space(part, file)
@@ -199,6 +195,7 @@ class Hub:
             if out.tell() > file.size:
                 _empty(out)
             while out.tell() < file.size:
+                stopped.check()
                 have = out.tell()
                 told.put(_News(file, have))
                 wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
@@ -208,13 +205,15 @@ class Hub:
                         follow_redirects=True, retry_on_exceptions=(),
                         retry_on_status_codes=(408, 429),
                     ) as response:  # fmt: skip
+                        if have and response.status_code in (200, 416):
+                            _empty(out)  # the server sends all of it, or has no such part
                         hf_raise_for_status(response)
-                        if have and response.status_code != 206:
-                            _empty(out)  # the server sends all of it
                         for chunk in response.iter_bytes():
                             stopped.check()
                             out.write(chunk)
                             told.put(_News(file, out.tell()))
+                            if out.tell() > file.size:
+                                break
                 except (OSError, EbbtideError):
                     raise
                 except Exception:  # the connection; what came before it broke is kept
@@ -286,16 +285,24 @@ class Hub:
             )  # fmt: skip
         if isinstance(error, OSError) and error.errno in _FULL:
             return _no_space(self._repository.root, file, self._model)
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, errors.LocalTokenNotFoundError):
+            return AccessDeniedError(
+                f"{what}: token=True asks for the token that is saved, and there is none. Log in with"
+                " `hf auth login`, set HF_TOKEN, or pass the token itself.",
+                model=self._model, file=name,
+            )  # fmt: skip
+        if isinstance(error, OSError) and error.errno is not None and file is not None:
             return DownloadError(
                 f"{what} cannot be written to the cache: {error}. Set HF_HUB_CACHE or pass"
                 " cache_dir= to use another folder.",
                 model=self._model, file=name,
             )  # fmt: skip
+        told = "" if "bearer" in str(error).lower() else f": {error}"  # a header, with the token
         return DownloadError(
-            f"{what} could not be had from {where}: {type(error).__name__}: {error}. Is there a"
-            " connection? A model that is cached works without one.",
-            model=self._model, file=name, unreachable=True,
+            f"{what} could not be had from {where}: {type(error).__name__}{told}. Is there a"
+            " connection, and is HF_ENDPOINT right? A model that is cached works without one.",
+            model=self._model, file=name,
+            unreachable=not isinstance(error, _NONSENSE),
         )  # fmt: skip
 
 
@@ -378,6 +385,39 @@ def _aside(function: Callable[[], ResultT], token: CancelToken) -> ResultT:
     return result  # type: ignore[return-value]
 
 
+def _understood(info: Any) -> tuple[str, Listing]:
+    """The commit and its files, of what the client made of the hub's answer.
+
+    Raises:
+        ValueError: The answer does not say what is needed of it.
+    """
+    files = {}
+    for one in info.siblings or ():
+        hashed = one.lfs.sha256 if one.lfs else one.blob_id
+        size = one.lfs.size if one.lfs else one.size
+        if hashed and usable(one.rfilename, hashed):
+            files[one.rfilename] = FileInfo(one.rfilename, int(size or 0), hashed)
+    if not COMMIT.fullmatch(str(info.sha)) or (not files and info.siblings != []):
+        raise ValueError("the answer names no commit, or no file with its hash")
+    return str(info.sha), files
+
+
+@contextlib.contextmanager
+def _locked(path: Path, stopped: CancelToken) -> Iterator[None]:
+    """Hold the lock that all Hugging Face libraries take; wait for it no longer than is wanted."""
+    from huggingface_hub.utils import WeakFileLock
+
+    with contextlib.ExitStack() as stack:
+        while True:
+            stopped.check()
+            try:
+                stack.enter_context(WeakFileLock(path, timeout=_PATIENCE))
+                break
+            except TimeoutError:
+                continue
+        yield
+
+
 def _progress(event: ProgressEvent, parts: Sequence[FileProgress]) -> ProgressEvent:
     event["loaded"] = sum(one["loaded"] for one in parts)
     event["total"] = sum(one["total"] for one in parts)
@@ -416,7 +456,9 @@ def _check_space(part: Path, file: FileInfo) -> None:
 
 
 def _no_space(root: Path, file: FileInfo | None, model: str) -> DownloadError:
-    free = shutil.disk_usage(root).free if root.exists() else 0
+    free = 0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(root).free
     needs = f"{file.name} needs {file.size / 1e6:,.0f} MB, and " if file else ""
     return DownloadError(
         f"The disk of the cache {root} is full: {needs}{free / 1e6:,.0f} MB are free. Make room, or"

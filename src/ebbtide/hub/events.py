@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, NotRequired, TypedDict
@@ -54,7 +55,10 @@ def listener(progress: Progress) -> Listener:
         InputError: ``progress`` is none of the things it may be.
     """
     if progress is None:
-        progress = sys.stderr is not None and sys.stderr.isatty()
+        try:
+            progress = bool(sys.stderr.isatty())
+        except (AttributeError, ValueError):  # no stderr, one that was closed, or a stand-in
+            progress = False
     if progress is True:
         return Bars()
     if progress is False:
@@ -90,7 +94,15 @@ class Bars:
             self._bars.popitem()[1].close()
 
 
-def _bar(file: str, total: int) -> Any:
+@functools.cache
+def _bar_class() -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(desc=file, total=total, unit="B", unit_scale=True, file=sys.stderr)
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # else a thread that watches over bars is started, and never ends
+
+    return Bar
+
+
+def _bar(file: str, total: int) -> Any:
+    return _bar_class()(desc=file, total=total, unit="B", unit_scale=True, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -20,7 +21,10 @@ from ebbtide.hub.files import ModelFiles
 log = logging.getLogger("ebbtide.hub")
 
 _ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_REVISION: Final = re.compile(r"(?!.*\.\.)[\w./-]+", re.ASCII)
+_REVISION: Final = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
+_TOKEN: Final = re.compile(
+    r"[!-~]+"
+)  # what else there is, such as a line break, no header can have
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +54,11 @@ class HubOptions:
             )
         if self.token is not None and not isinstance(self.token, str | bool):
             raise InputError("token takes a text, True, False or None.")
+        if isinstance(self.token, str) and not _TOKEN.fullmatch(self.token):
+            raise InputError(
+                "token is empty, or has a character that no token has, such as a line break at its"
+                " end; None is for the token that is saved."
+            )
         if self.cache_dir is not None and not isinstance(self.cache_dir, str | os.PathLike):
             raise InputError(
                 f"cache_dir takes a folder, not {type(self.cache_dir).__name__}.",
@@ -106,16 +115,27 @@ class HubFiles(ModelFiles):
         Raises:
             DownloadError: It is on the hub, and cannot be had.
         """
-        self.fetch([name])
+        self._download([name])
         path = self._path(name)
         return path if path.is_file() else None
 
     def fetch(self, names: Iterable[str]) -> None:
         """Download those of these files that the model has and the cache has not.
 
+        With these the model can be loaded, so that from now on the revision is this commit without
+        a network too. What was known before stays until then.
+
         Raises:
             DownloadError: One of them cannot be had.
         """
+        self._download(names)
+        self._refer()
+
+    def _refer(self) -> None:
+        with contextlib.suppress(OSError):  # a cache that is read-only is as it is
+            self.repository.refer(self.options.revision, self.commit)
+
+    def _download(self, names: Iterable[str]) -> None:
         missing = self._missing(names)
         if not missing:
             return
@@ -131,6 +151,8 @@ class HubFiles(ModelFiles):
 
         hub = Hub(self.repository, self.options.revision, self.options.token)
         hub.fetch(self.commit, missing, self.listener, self.cancel)
+        if self.repository.commit_of(self.options.revision) is None:
+            self._refer()
 
     def onnx_names(self) -> list[str]:
         """The names of all ONNX files, sorted: what an error message can offer."""
@@ -171,7 +193,7 @@ def open_hub(model: str, options: HubOptions, listener: Listener, cancel: Cancel
             if commit is None or not repository.snapshot(commit).is_dir():
                 raise
             log.warning("%s Using what the cache has of it.", error)
-    if commit is None or not (listing or repository.snapshot(commit).is_dir()):
+    if commit is None or (listing is None and not repository.snapshot(commit).is_dir()):
         raise ModelNotFoundError(
             f"Model {model!r} (revision {options.revision}) is not in the cache"
             f" {repository.root}, and the network is not to be used (offline, local_files_only or"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ebbtide.errors import InputError, ModelNotFoundError
+from ebbtide.errors import DownloadError, InputError, ModelNotFoundError
 from ebbtide.hub import ModelFiles, Repository, default_root, is_id
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import available
@@ -97,17 +99,16 @@ def cached_models(cache_dir: str | os.PathLike[str] | None = None) -> list[Cache
             continue
         name = folder.name.removeprefix("models--").replace("--", "/")
         dtypes = [one for snapshot in snapshots for one in _dtypes_in(name, snapshot)]
-        own = [one.lstat() for one in folder.rglob("*") if one.is_file() and not one.is_symlink()]
-        refs = sorted(one for one in (folder / "refs").rglob("*") if one.is_file())
+        own = list(_own_files(folder))
+        place = Repository(root, name)
+        refs = sorted(str(one.relative_to(folder / "refs")) for one in folder.glob("refs/**/*"))
         found.append(
             CachedModel(
                 name=name,
                 folder=folder,
                 size=sum(one.st_size for one in own),
                 dtypes=tuple(dict.fromkeys(dtypes)),
-                revisions=tuple(
-                    (str(one.relative_to(folder / "refs")), one.read_text().strip()) for one in refs
-                ),
+                revisions=tuple((one, commit) for one in refs if (commit := place.commit_of(one))),
                 used=max((one.st_atime for one in own), default=0.0),
             )
         )
@@ -127,6 +128,7 @@ def remove_cached(model: str, cache_dir: str | os.PathLike[str] | None = None) -
     Raises:
         InputError: ``model`` is no id.
         ModelNotFoundError: The cache has no such model.
+        DownloadError: The cache cannot be written.
     """
     if not isinstance(model, str) or not is_id(model):
         raise InputError(f"A model's id is needed, as in 'org/name', not {model!r}.", value=model)
@@ -135,7 +137,12 @@ def remove_cached(model: str, cache_dir: str | os.PathLike[str] | None = None) -
         raise ModelNotFoundError(
             f"The cache has no model {model!r}; it has {', '.join(there) or 'none'}.", model=model
         )
-    shutil.rmtree(there[model].folder)
+    try:
+        shutil.rmtree(there[model].folder)
+    except OSError as error:
+        raise DownloadError(
+            f"Model {model!r} cannot be removed from the cache: {error}.", model=model
+        ) from error
     shutil.rmtree(Repository(cache_dir, model).locks, ignore_errors=True)
     return there[model].size
 
@@ -158,6 +165,16 @@ def summarise(files: ModelFiles, options: LoadOptions, extra: Sequence[str]) -> 
         dtypes=available(files, stem, options.subfolder),
         files=tuple(ModelFile(one, *files.look(one)) for one in names if files.has(one)),
     )
+
+
+def _own_files(folder: Path) -> Iterator[os.stat_result]:
+    """What the disk says of each file below a folder, but not of links to files."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # a part of a download goes when it is whole
+                found = os.lstat(os.path.join(path, name))
+                if stat.S_ISREG(found.st_mode):
+                    yield found
 
 
 def _dtypes_in(name: str, snapshot: Path) -> tuple[str, ...]:

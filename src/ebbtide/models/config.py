@@ -10,7 +10,19 @@ from ebbtide.errors import LoadError
 from ebbtide.hub import ModelFiles
 
 _POSITIONS_AFTER_PADDING: Final = frozenset(
-    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "xmod"}
+    {
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
 )
 """Model types that number positions from ``pad_token_id + 1``, and so can use that many fewer."""
 

@@ -332,9 +332,12 @@ def _windows(
             f" {size}. Pass a smaller stride or a larger window.",
             value=stride,
         )
-    for start in range(0, len(moving), size - stride):
-        yield np.sort(np.concatenate([frame, fixed, moving[start : start + size]]))
-        if start + size >= len(moving):
+    count = len(moving)
+    for start in range(0, count, size - stride):
+        first_of_it = max(0, count - start - size) if cut_left else start
+        part = moving[first_of_it : count - start if cut_left else start + size]
+        yield np.sort(np.concatenate([frame, fixed, part]))
+        if start + size >= count:
             return
 
 
