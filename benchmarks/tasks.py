@@ -51,7 +51,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "text-classification": lambda pipe: pipe(texts(), top_k=None),
     "token-classification": lambda pipe: pipe(texts(), aggregation_strategy="average"),
     "question-answering": lambda pipe: pipe("What goes out?", f"{text()} {text()}", top_k=2),
-    "fill-mask": lambda pipe: pipe([f"{one} {pipe.mask_token}" for one in texts()]),
+    "fill-mask": lambda pipe: pipe([f"{pipe.mask_token} {one}" for one in texts()]),
     "zero-shot-classification": lambda pipe: pipe(texts(), ["sea", "land", "sky"]),
     "feature-extraction": lambda pipe: pipe(texts(), pooling="mean"),
 }

@@ -1,6 +1,52 @@
-"""Make the tiny models of the understanding tasks, and what two oracles answer with them.
+r"""Make the tiny models of the understanding tasks, and write down what two oracles answer.
 
-(docstring below)
+What it makes
+    tests/models/<type>/<head>/   a model of random (seeded) weights in the Hugging Face layout,
+                                  fp32, for each type of text encoder and each head it has
+    tests/goldens/tasks/<type>.json
+                                  what `transformers` answers in torch (fp32) on the same weights,
+                                  and Transformers.js on the same ONNX files
+    tests/goldens/tasks/cases.json
+                                  what both were asked, and Ebbtide is asked by the tests
+
+    `make_models.py` makes the models of feature extraction; this script and its parts need it:
+    task_types.py (the types), task_tokenizers.py, task_cases.py (the heads, the texts and the
+    calls), task_oracles.py and transformers_js.mjs.
+
+    Seeds are tried in order until a model is fit: its answers differ from text to text, none of
+    them turns on a difference that rounding could make, and ONNX Runtime gives torch's outputs to
+    within `TOLERANCE` for every batch that the cases come to.
+
+How to run it
+    It needs the Python packages that `make_models.py` needs, and Node 20 or later with the package
+    of Transformers.js in some folder outside the repository. Its install scripts are not needed: on
+    Linux on x64 the npm package of ONNX Runtime holds the library itself.
+
+        pip install "torch==2.13.0" "transformers==4.57.6" "sentence-transformers>=5.1,<6" \
+            tokenizers onnx onnxruntime sympy numpy
+        mkdir ../npm && (cd ../npm && npm i --ignore-scripts @huggingface/transformers@4.3.1)
+        python tools/make_tasks.py --npm ../npm                # all types: three minutes
+        python tools/make_tasks.py --npm ../npm bert roberta   # only the named ones
+
+    No network is used. Each named type's folder and goldens are replaced. Run twice with the same
+    packages on one machine, it writes the same bytes.
+
+How to add a type
+    Add a `ModelType` to `TYPES` in task_types.py. A new kind of tokenizer is one more entry in
+    `TOKENIZERS`, a new head one in `HEADS`, a new call one in the function of its task.
+
+The golden JSON
+    {"versions": of the packages that answered,
+     "models": {head: {"task": of Ebbtide, or "rank" for the method of that name,
+                       "texts": a key of cases.json,
+                       "window": the number of tokens the model reads at most,
+                       "seed": of the weights,
+                       "transformers": {case: answer},
+                       "transformers_js": {case: answer} of the cases that it has something like;
+                                          or {"*": {"error": why}}, where it refuses the type}}}
+
+    An answer is a call's result as Ebbtide returns it. Several records with the same keys are
+    written as {"columns": [...], "rows": [[...], ...]}.
 """
 
 from __future__ import annotations
@@ -13,7 +59,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +69,7 @@ import onnx
 import onnxruntime as ort
 import torch
 import transformers
-from make_models import GOLDENS, MODELS, OPSET, ROOT, TOLERANCE, UNSET_LENGTH, write_json
+from make_models import GOLDENS, MODELS, OPSET, TOLERANCE, UNSET_LENGTH, write_json
 from task_cases import HEADS, TEXTS, Case, Head, cases_of
 from task_oracles import Transformers, filled, javascript_call, run_javascript, steady
 from task_tokenizers import TOKENIZERS
@@ -38,6 +84,7 @@ from transformers import (
 )
 
 TASKS = GOLDENS / "tasks"
+PACKAGES = ("transformers", "sentence-transformers", "torch", "tokenizers")
 ATTEMPTS = 50
 """How many seeds are tried for a model whose answers are varied and steady."""
 
@@ -72,9 +119,7 @@ def write_tokenizer(kind: ModelType, head: Head, folder: Path) -> PreTrainedToke
     return tokenizer
 
 
-def check_tokenizer(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> None:
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
     """Check that `tokenizers` alone gives the ids of `transformers` from tokenizer.json."""
     bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in texts:
@@ -176,7 +221,7 @@ def export(kind: ModelType, head: Head, model: PreTrainedModel, file: Path) -> N
             str(file),
             input_names=list(kind.inputs),
             output_names=list(head.outputs),
-            dynamic_axes={name: axes for name in kind.inputs}
+            dynamic_axes=dict.fromkeys(kind.inputs, axes)
             | {name: {0: "batch_size"} if sequences else axes for name in head.outputs},
             opset_version=OPSET,
             dynamo=False,
@@ -254,35 +299,31 @@ def check_graph(file: Path, oracle: Transformers) -> float:
 
 def check_varied(head: Head, answers: Mapping[str, Any]) -> None:
     """Check that answers differ from text to text, so that to compare them means something."""
-    found = list(leaves(answers))
-    scores = [one["score"] for one in found if "score" in one]
+    found = list(records(answers))
     if head.task == "zero-shot-classification":
-        best = {one["labels"][0] for one in found}
-        scores = [score for one in found for score in one["scores"]]
-        enough = len(best) >= 3
+        enough = len({one["labels"][0] for one in found}) >= 3
     elif head.task == "token-classification":
-        labels = {one["entity_group"] for one in leaves(answers["simple_all"])}
+        labels = {one["entity_group"] for one in records(answers["simple_all"])}
         enough = len(labels) == 3 and len(answers["single"]) >= 2
     elif head.task == "question-answering":
         enough = len({(one["start"], one["end"]) for one in found}) >= min(12, 2 * len(answers))
     elif head.task == "fill-mask":
         enough = len({one["token"] for one in found}) >= 10
     else:
-        best = {one["label"] for one in leaves(answers["batch"])}
-        enough = len(best) >= 2 or head.labels is not None and len(head.labels) == 1
+        labels = {one["label"] for one in records(answers["batch"])}
+        enough = len(labels) >= min(2, len(head.labels or ()))
+    scores = [score for one in found for score in one.get("scores", [one.get("score")])]
     if not enough or max(scores) - min(scores) < 0.15:
         raise UnfitError("answers are too much alike")
 
 
-def leaves(value: Any) -> Any:
-    """Every record in an answer."""
-    if isinstance(value, dict) and not any(isinstance(one, dict | list) for one in value.values()):
-        yield value
-    elif isinstance(value, dict) and "labels" in value:
+def records(value: Any) -> Iterator[dict[str, Any]]:
+    """Every record in an answer, or in several."""
+    if isinstance(value, dict) and not value.keys().isdisjoint({"score", "scores"}):
         yield value
     else:
         for one in value.values() if isinstance(value, dict) else value:
-            yield from leaves(one)
+            yield from records(one)
 
 
 def ask(oracle: Transformers, cases: Sequence[Case]) -> dict[str, Any]:
@@ -299,7 +340,6 @@ def make(kind: ModelType, name: str) -> dict[str, Any]:
     """Make one model; return its golden, without what Transformers.js answers."""
     head = HEADS[name]
     folder = MODELS / kind.name / name
-    shutil.rmtree(folder, ignore_errors=True)
     file = folder / "onnx" / "model.onnx"
     file.parent.mkdir(parents=True)
     # AutoTokenizer wants to know the type.
@@ -344,7 +384,7 @@ def make(kind: ModelType, name: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the named types, or all."""
-    logging.disable(logging.WARNING)
+    logging.disable(logging.WARNING)  # the pipelines', of what this asks on purpose
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -359,6 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     TASKS.mkdir(parents=True, exist_ok=True)
     kinds = [kind for kind in TYPES if not wanted.names or kind.name in wanted.names]
+    for kind in kinds:
+        shutil.rmtree(MODELS / kind.name, ignore_errors=True)
     made = {kind.name: {name: make(kind, name) for name in kind.heads} for kind in kinds}
     jobs = [
         {
@@ -371,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if HEADS[name].javascript
     ]
     javascript, answers = run_javascript(wanted.npm, MODELS, jobs)
-    versions = {name: version(name) for name in ("transformers", "torch", "tokenizers")}
+    versions = {name: version(name) for name in PACKAGES}
     for job, found in zip(jobs, answers, strict=True):
         kind, name = job["model"].split("/")
         made[kind][name]["transformers_js"] = found

@@ -202,7 +202,7 @@ HEADS: Mapping[str, Head] = {
         javascript=False,
     ),
 }
-"""`rank` is text-classification too; its cases are those of the `rank` method beside some others."""
+"""`rank` is for text-classification too: for its method of that name, and some other calls."""
 
 # --------------------------------------------------------------------------------------------------
 # Cases
@@ -361,9 +361,7 @@ def _fill_mask(texts: Texts) -> tuple[Case, ...]:
         Case("targets_of_masks", (texts.masks,), {"targets": list(texts.targets), "top_k": 2}),
         Case("batch", ([texts.masked, texts.masks, "{mask}"],), {"top_k": 2}),
         Case("truncated", ("{mask} " + texts.long,), {"top_k": 2}),
-        *(
-            Case(f"special_{name}", (some,), {"top_k": 2}) for name, some in special.items()
-        ),
+        *(Case(f"special_{name}", (some,), {"top_k": 2}) for name, some in special.items()),
     )
 
 

@@ -204,8 +204,7 @@ def javascript_call(task: str, case: Case) -> list[Any] | None:
             return None
         (given,) = case.inputs
         some = given if isinstance(given, list) else [given]
-        # No pairs; and an empty text among others is refused.
-        if not all(isinstance(one, str) for one in some):
+        if not all(isinstance(one, str) for one in some):  # it has no pairs
             return None
         return [given, options]
     if task == "token-classification":

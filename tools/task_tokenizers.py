@@ -1,11 +1,12 @@
 """The small tokenizers of `make_tasks.py`: for each type of model the kind that it really has.
 
-Their vocabularies are learned here rather than by the trainers of `tokenizers`, whose results change
+Their vocabularies are learned here, and not by the trainers of `tokenizers`, whose results change
 from run to run.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ TEXT = "\n".join(
     [
         *(line for line in CORPUS.splitlines() if set(line.lower()) <= {*LETTERS, *" ,.'"}),
         "Anna and her brother left Reykjavik for the harbour in Bergen at 6:45 (or 7:30)!",
-        "Who asked? It's 1872; 39-50/41, \"yes\". At six.",
+        'Who asked? It\'s 1872; 39-50/41, "yes". At six.',
         "Café naïve öre.",
         *(line for line in CORPUS.splitlines() if line.startswith(("הים", "البحر"))),
     ]
@@ -48,7 +49,6 @@ class TokenizerKind:
         make: Makes it.
         special_tokens: Which token has which role.
         settings: The rest of tokenizer_config.json.
-        pads_with: The id of the padding, which the model's config has too.
     """
 
     make: Callable[[], Tokenizer]
@@ -78,7 +78,7 @@ def learn_merges(
     while len(merges) < count:
         pairs: Counter[Pair] = Counter()
         for word, times in counts.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += times
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
@@ -89,9 +89,7 @@ def learn_merges(
     return merges
 
 
-def _joined(
-    word: tuple[str, ...], pair: Pair, join: Callable[[str, str], str]
-) -> tuple[str, ...]:
+def _joined(word: tuple[str, ...], pair: Pair, join: Callable[[str, str], str]) -> tuple[str, ...]:
     pieces: list[str] = []
     for piece in word:
         if pieces and (pieces[-1], piece) == pair:
@@ -104,9 +102,7 @@ def _joined(
 def words_of(tokenizer: Tokenizer) -> list[str]:
     """The words of `TEXT`, as a tokenizer's normalizer and pre-tokenizer make them."""
     normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    lines = (
-        normalizer.normalize_str(line) if normalizer else line for line in TEXT.splitlines()
-    )
+    lines = (normalizer.normalize_str(line) if normalizer else line for line in TEXT.splitlines())
     return [word for line in lines for word, _ in pre_tokenizer.pre_tokenize_str(line)]
 
 
@@ -115,7 +111,9 @@ def words_of(tokenizer: Tokenizer) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 
-def wordpiece(first: Sequence[str], last: Sequence[str] = (), *, double_sep: bool = False) -> Tokenizer:
+def wordpiece(
+    first: Sequence[str], last: Sequence[str] = (), *, double_sep: bool = False
+) -> Tokenizer:
     """A tokenizer like BERT's, uncased.
 
     Args:
@@ -170,9 +168,7 @@ def _frame(tokenizer: Tokenizer, single: str, pair: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def byte_level(
-    first: Sequence[str], last: Sequence[str], *, normalizer: Any = None
-) -> Tokenizer:
+def byte_level(first: Sequence[str], last: Sequence[str], *, normalizer: Any = None) -> Tokenizer:
     """Byte-level byte-pair encoding, with the special tokens that have the first and last ids."""
     tokenizer = Tokenizer(models.BPE())
     if normalizer:
@@ -182,9 +178,7 @@ def byte_level(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(left + right for left, right in merges)]
     vocab = {piece: number for number, piece in enumerate([*first, *pieces, *last])}
-    tokenizer.model = models.BPE(
-        vocab, merges, continuing_subword_prefix="", end_of_word_suffix=""
-    )
+    tokenizer.model = models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="")
     tokenizer.decoder = decoders.ByteLevel()
     # The mask takes the space before it in all three.
     _add_special(tokenizer, [token for token in (*first, *last) if "mask" not in token.lower()])
@@ -248,7 +242,9 @@ def unigram(
     counts: Counter[str] = Counter()
     for word in words_of(tokenizer):
         for start in range(len(word)):
-            counts.update(word[start:end] for end in range(start + 1, min(start + 9, len(word) + 1)))
+            counts.update(
+                word[start:end] for end in range(start + 1, min(start + 9, len(word) + 1))
+            )
     alphabet = sorted(piece for piece in counts if len(piece) == 1)
     longer = [piece for piece in counts if len(piece) > 1 and counts[piece] > 1]
     longer.sort(key=lambda piece: (-counts[piece] * (len(piece) - 1), piece))
@@ -273,9 +269,7 @@ def _one_space() -> Any:
 
 
 def _split_then_mark() -> Any:
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
+    return pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
 
 
 def xlm_roberta() -> Tokenizer:

@@ -27,7 +27,6 @@ class ModelType:
         tokenizer_class: What tokenizer_config.json calls it.
         inputs: What its graphs take.
         heads: Keys of `HEADS`.
-        positions: The config's key for the number of positions, and how many it gets.
         window: How many tokens it reads at most.
         names_window: Whether tokenizer_config.json says so; otherwise the positions alone do.
         own_tokenizer_class: Whether `transformers` has a fast tokenizer of this type.

@@ -123,7 +123,9 @@ def _positions(raw: Mapping[str, Any]) -> int | None:
     count = raw.get("max_position_embeddings", raw.get("n_positions"))
     if not isinstance(count, int) or count <= 0:
         return None
-    if raw.get("model_type") in _POSITIONS_AFTER_PADDING:
+    kind = raw.get("model_type")
+    absolute = raw.get("position_embedding_type", "absolute") == "absolute"
+    if kind in _POSITIONS_AFTER_PADDING or (kind == "esm" and absolute):
         padding = raw.get("pad_token_id")
         count -= (padding if isinstance(padding, int) else 1) + 1
     return count

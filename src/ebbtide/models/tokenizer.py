@@ -25,6 +25,11 @@ Cut = Literal["longest", "first", "second"]
 _NO_LIMIT: Final = 10**9
 """Repositories write absurd numbers, such as 1e30, for "no limit"."""
 
+_MASKS: Final = ("[MASK]", "<mask>")
+_UNKNOWNS: Final = ("[UNK]", "<unk>")
+_BEGINNINGS: Final = ("[CLS]", "<s>")
+"""What special tokens are called where no file of the model says so, as in the oldest models."""
+
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 LONGEST_TEXT: Final = 250_000
@@ -120,8 +125,15 @@ class NativeTokenizer:
         self._margin = _margin(native)
         token_id = native.token_to_id(rules.pad_token) if rules.pad_token else None
         self.rules = rules
-        self.pad_id = rules.pad_id if token_id is None else int(token_id)
         self._native: Any = native
+        self.mask_token = self._special(rules.mask_token, _MASKS)
+        self.unknown_token = self._special(rules.unknown_token, _UNKNOWNS)
+        self.cls_token = self._special(rules.cls_token, _BEGINNINGS)
+        self.pad_id = rules.pad_id if token_id is None else int(token_id)
+
+    def _special(self, named: str | None, usual: Sequence[str]) -> str | None:
+        there = (one for one in usual if self.token_id(one) is not None)
+        return named if named is not None else next(there, None)
 
     def encode(self, text: str, pair: str | None, limit: int | None) -> Any:
         """The encoding of a text, or of two: all of it, or of what is longer a sure beginning.
@@ -242,9 +254,9 @@ def _too_long(text: str, why: str) -> InputError:
 
 def _cleaned(text: str) -> str:
     """Take out the spaces that word-piece tokenizers leave before English punctuation."""
-    for mark in (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"):
-        text = text.replace(f" {mark}", mark)
-    return text.replace(" ' ", "'")
+    for mark in (".", "?", "!", ",", "' ", "n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {mark}", mark.rstrip())
+    return text
 
 
 class Encoding:
@@ -406,22 +418,22 @@ class Tokenizer:
     @property
     def unknown_id(self) -> int | None:
         """The id of the token for what the vocabulary does not have; None where it has none."""
-        return self._id_of(self._native().rules.unknown_token)
+        return self._id_of(self._native().unknown_token)
 
     @property
     def mask_token(self) -> str | None:
         """The token that stands for what a model is to fill in; None where it has none."""
-        return self._native().rules.mask_token
+        return self._native().mask_token
 
     @property
     def mask_id(self) -> int | None:
         """The id of the mask token."""
-        return self._id_of(self._native().rules.mask_token)
+        return self._id_of(self._native().mask_token)
 
     @property
     def cls_id(self) -> int | None:
         """The id of the token that stands for a whole text; None where it has none."""
-        return self._id_of(self._native().rules.cls_token)
+        return self._id_of(self._native().cls_token)
 
     @property
     def pads_left(self) -> bool:
