@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, hf_api  # noqa: F401 - before they are patched
 from huggingface_hub.utils import close_session
 
 import ebbtide

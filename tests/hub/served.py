@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -64,10 +65,15 @@ def answers(model: Any = NAME, task: str = TASK, text: str = "the tide", **optio
         return pipe(text)
 
 
+@functools.cache
+def of_folder(folder: Path = TINY, dtype: str | None = None) -> Any:
+    """What a model's folder gives."""
+    return answers(folder, dtype=dtype)
+
+
 def assert_same_as_folder(model: str = NAME, folder: Path = TINY, **options: Any) -> None:
     """The model that is had from the hub gives what its folder gives."""
-    dtype = options.get("dtype")
-    assert np.array_equal(answers(model, **options), answers(folder, dtype=dtype))
+    assert np.array_equal(answers(model, **options), of_folder(folder, options.get("dtype")))
 
 
 def everything_below(folder: Path) -> set[str]:

@@ -17,8 +17,18 @@ from ebbtide.hub.events import quiet
 
 from .loopback import Hub
 from .served import (
-    MODELS, NAME, ONNX, TASK, TINY, answers, files_asked, looked_up, ranges, succeed,
-)  # fmt: skip
+    MODELS,
+    NAME,
+    ONNX,
+    TASK,
+    TINY,
+    answers,
+    files_asked,
+    looked_up,
+    of_folder,
+    ranges,
+    succeed,
+)
 
 CUT = 100_000
 CDN = f"/cdn/*/{ONNX}"
@@ -98,7 +108,7 @@ def test_two_threads_download_each_file_once_and_both_get_it(
     for thread in threads:
         thread.join(20)
     assert len(found) == 2
-    assert all(np.array_equal(one, answers(TINY)) for one in found)
+    assert all(np.array_equal(one, of_folder()) for one in found)
     assert set(Counter(files_asked(hub)).values()) == {1}
     assert ranges(hub) == [None]
 

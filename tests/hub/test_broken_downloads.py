@@ -1,4 +1,4 @@
-"""Downloads that break are gone on with, in the same load or a later one; what is wrong is not used."""
+"""A download that breaks is gone on with, at once or by a later load; what is wrong is not used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ import ebbtide
 
 from .loopback import Hub
 from .served import (
-    NAME, ONNX, TASK, TINY, assert_same_as_folder, everything_below, files_asked, part_of,
-    ranges, snapshot,
-)  # fmt: skip
+    NAME,
+    ONNX,
+    TASK,
+    TINY,
+    assert_same_as_folder,
+    everything_below,
+    files_asked,
+    part_of,
+    ranges,
+    snapshot,
+)
 
 CDN = f"/cdn/*/{ONNX}"
 CONFIG = f"/{NAME}/resolve/*/config.json"
@@ -46,7 +54,9 @@ def assert_unusable(cache: Path, commit: str, name: str) -> None:
     assert not (snapshot(cache, commit) / name).exists()
     blobs = list(cache.glob("models--*/blobs/*"))
     assert not [one for one in blobs if one.stat().st_size == (TINY / name).stat().st_size]
-    with pytest.raises((ebbtide.DownloadError, ebbtide.ModelNotFoundError), match="not in the cache"):
+    with pytest.raises(
+        (ebbtide.DownloadError, ebbtide.ModelNotFoundError), match="not in the cache"
+    ):
         ebbtide.pipeline(TASK, NAME, revision=commit, local_files_only=True)
 
 
@@ -114,9 +124,7 @@ def test_a_hub_that_goes_away_between_the_look_up_and_a_file_is_unreachable(
                           "special_tokens_map.json"}  # fmt: skip
 
 
-def test_what_one_load_could_not_finish_the_next_resumes(
-    hub: Hub, tiny: str, cache: Path
-) -> None:
+def test_what_one_load_could_not_finish_the_next_resumes(hub: Hub, tiny: str, cache: Path) -> None:
     part = leave_a_part(hub, cache)
     before = len(ranges(hub))
     assert_same_as_folder()
@@ -214,9 +222,7 @@ def test_a_file_of_another_size_is_an_error_and_not_used_and_the_next_load_succe
     assert_same_as_folder()
 
 
-def test_a_file_that_never_ends_is_not_written_on_and_on(
-    hub: Hub, tiny: str, cache: Path
-) -> None:
+def test_a_file_that_never_ends_is_not_written_on_and_on(hub: Hub, tiny: str, cache: Path) -> None:
     told: list[int] = []
 
     def tell(event: ebbtide.ProgressEvent) -> None:
@@ -248,7 +254,9 @@ def test_a_part_of_any_length_becomes_the_file_or_is_thrown_away(
     before = len(ranges(hub))
     content = (TINY / ONNX).read_bytes()
     part.write_bytes(
-        {"longer": content + b"!", "all": content, "all but wrong": bytes(SIZE), "nothing": b""}[left]
+        {"longer": content + b"!", "all": content, "all but wrong": bytes(SIZE), "nothing": b""}[
+            left
+        ]
     )
     if left == "all but wrong":
         assert "its hash is" in str(failed())

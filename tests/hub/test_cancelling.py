@@ -165,15 +165,14 @@ def test_a_load_that_waits_for_another_processs_download_is_cancelled_and_leaves
     assert ranges(hub) == []
 
 
-@pytest.mark.parametrize("during", ["look-up", "download"])
-@pytest.mark.parametrize("call", ["pipeline", "model_files"])
+@pytest.mark.parametrize(
+    ("call", "pattern"),
+    [("pipeline", LOOK_UP), ("pipeline", CDN), ("model_files", "*/config.json")],
+    ids=["during the look-up", "during a download", "while looking at a model"],
+)
 def test_ctrl_c_ends_the_wait_at_once_and_the_process_quietly(
-    hub: Hub, tiny: str, cache: Path, child: Any, during: str, call: str
+    hub: Hub, tiny: str, cache: Path, child: Any, call: str, pattern: str
 ) -> None:
-    if call == "model_files":
-        pattern = LOOK_UP if during == "look-up" else "*/config.json"
-    else:
-        pattern = LOOK_UP if during == "look-up" else CDN
     held = hub.fault(pattern, hold=True)
     script = f"""
         import ebbtide

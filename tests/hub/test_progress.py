@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import sys
@@ -67,7 +68,7 @@ def test_the_progress_of_all_is_the_sum_of_what_is_downloaded_together(
     events = told()
     together = [one for one in events if one["status"] == "progress_total"]
     assert [set(one["files"]) for one in together[:1]] == [{"config.json"}]
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in itertools.pairwise(events):
         if before["status"] == "progress":  # one of all after each of one file
             assert after["status"] == "progress_total"
             assert after["files"][before["file"]]["loaded"] == before["loaded"]
@@ -81,9 +82,7 @@ def test_the_progress_of_all_is_the_sum_of_what_is_downloaded_together(
     assert len({id(one["files"]) for one in together}) == len(together)
 
 
-def test_a_file_that_is_resumed_begins_at_what_was_there(
-    hub: Hub, tiny: str, cache: Path
-) -> None:
+def test_a_file_that_is_resumed_begins_at_what_was_there(hub: Hub, tiny: str, cache: Path) -> None:
     part = part_of(cache)
     part.parent.mkdir(parents=True)
     part.write_bytes((TINY / ONNX).read_bytes()[:CUT])
@@ -129,9 +128,7 @@ def test_looking_at_a_model_tells_of_what_it_downloads(hub: Hub, tiny: str, cach
 
 
 @pytest.mark.parametrize("wrong", ["yes", 1, 0, [], {}])
-def test_what_is_no_callback_is_refused(
-    hub: Hub, tiny: str, cache: Path, wrong: Any
-) -> None:
+def test_what_is_no_callback_is_refused(hub: Hub, tiny: str, cache: Path, wrong: Any) -> None:
     with pytest.raises(ebbtide.InputError, match="progress takes a function") as caught:
         ebbtide.pipeline(TASK, NAME, progress=wrong)
     assert caught.value.value == wrong

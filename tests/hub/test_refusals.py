@@ -20,8 +20,14 @@ from ebbtide.hub.cache import FileInfo, usable
 
 from .loopback import Hub
 from .served import (
-    NAME, ONNX, TASK, TINY, assert_same_as_folder, everything_below, files_asked,
-)  # fmt: skip
+    NAME,
+    ONNX,
+    TASK,
+    TINY,
+    assert_same_as_folder,
+    everything_below,
+    files_asked,
+)
 
 JSON = {"Content-Type": "application/json"}
 LOOK_UP = "/api/models/*"
@@ -39,14 +45,14 @@ def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     """Have the client use another address for the hub."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
     )
 
 
 @pytest.mark.parametrize("token", [False, "hf_known"], ids=["401", "404"])
-def test_a_model_that_there_is_not_is_not_found(
-    hub: Hub, cache: Path, token: str | bool
-) -> None:
+def test_a_model_that_there_is_not_is_not_found(hub: Hub, cache: Path, token: str | bool) -> None:
     hub.account("hf_known")
     with pytest.raises(ebbtide.ModelNotFoundError) as caught:
         ebbtide.pipeline(TASK, "org/none", token=token)

@@ -287,8 +287,8 @@ class Hub:
             return _no_space(self._repository.root, file, self._model)
         if isinstance(error, errors.LocalTokenNotFoundError):
             return AccessDeniedError(
-                f"{what}: token=True asks for the token that is saved, and there is none. Log in with"
-                " `hf auth login`, set HF_TOKEN, or pass the token itself.",
+                f"{what}: token=True asks for the token that is saved, and there is none. Log in"
+                " with `hf auth login`, set HF_TOKEN, or pass the token itself.",
                 model=self._model, file=name,
             )  # fmt: skip
         if isinstance(error, OSError) and error.errno is not None and file is not None:
