@@ -13,7 +13,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, but those with a hub of their own
 
-import ebbtide  # noqa: E402
+import ebbtide
 
 ROOT = Path(__file__).parent
 MODELS = ROOT / "models"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.hub.loopback import Hub
 
 MODELS = Path(__file__).parents[1] / "models"

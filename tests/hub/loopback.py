@@ -115,6 +115,7 @@ class Hub:
         self._changed = threading.Condition()
         self._closed = False
         self._requests: list[Request] = []
+        self._encodings: set[str | None] = set()
         self._faults: list[Fault] = []
         self._errors: list[BaseException] = []
         self._models: dict[str, _Model] = {}
@@ -302,6 +303,12 @@ class Hub:
         """The requests that showed a token to the CDN."""
         return [one for one in self.requests if one.authorised and one.path.startswith("/cdn/")]
 
+    @property
+    def encodings(self) -> set[str | None]:
+        """How files may be encoded for those who asked for them: the Accept-Encoding headers."""
+        with self._changed:
+            return set(self._encodings)
+
     def wait_for(
         self, predicate: Callable[[list[Request]], object], timeout: float = _PATIENCE
     ) -> list[Request]:
@@ -349,12 +356,13 @@ class Hub:
             self._tokens.add(token)
             self._models[model].readers.add(token)
 
-    def _meet(
-        self, request: Request, host: str, authorization: str | None
-    ) -> tuple[_Answer, Fault | None]:
+    def _meet(self, request: Request, headers: Mapping[str, str]) -> tuple[_Answer, Fault | None]:
         """Log a request, and find its answer and the fault that hits it."""
+        host, authorization = headers.get("Host", ""), headers.get("Authorization")
         with self._changed:
             self._requests.append(request)
+            if not request.path.startswith("/api/"):
+                self._encodings.add(headers.get("Accept-Encoding"))
             self._changed.notify_all()
             answer = self._answer(request, host, authorization)
             hitting = (one for one in self._faults if one._hits(request, answer))
@@ -709,7 +717,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers["Range"]
         request = Request(self.command, self.path, wanted, authorization is not None)
         hub = self.server.hub
-        answer, fault = hub._meet(request, self.headers["Host"] or "", authorization)
+        answer, fault = hub._meet(request, self.headers)
         if fault is None:
             self._send(_part(answer, wanted))
             return

@@ -52,6 +52,7 @@ def test_only_the_files_that_the_task_and_the_dtype_need_are_downloaded_each_onc
         assert len(looked_up(hub)) == 1
     assert sorted(files_asked(hub)) == sorted({"config.json", onnx, *TOKENIZER})
     assert len(hub.requests) == 1 + 5 + 1  # the look-up, the files, and the large one at the CDN
+    assert hub.encodings == {"identity"}  # a part of what is compressed is no part of the file
 
 
 @pytest.mark.parametrize(

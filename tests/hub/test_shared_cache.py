@@ -283,12 +283,12 @@ def test_a_removed_model_is_gone_with_what_it_took_and_a_loaded_one_goes_on(
     assert_same_as_folder()
 
 
-@pytest.mark.parametrize("wrong", ["../x", "a/b/c", "", "..", None, 3, "/etc", "a--b"])
-def test_only_a_models_id_is_removed(hub: Hub, tiny: str, cache: Path, wrong: Any) -> None:
+def test_only_a_models_id_is_removed(hub: Hub, tiny: str, cache: Path) -> None:
     answers()
     before = everything_below(cache.parent)
-    with pytest.raises(ebbtide.InputError, match="model's id is needed"):
-        ebbtide.remove_cached(wrong)
+    for wrong in ("../x", "a/b/c", "", "..", None, 3, "/etc", "a--b"):
+        with pytest.raises(ebbtide.InputError, match="model's id is needed"):
+            ebbtide.remove_cached(wrong)  # type: ignore[arg-type]
     assert everything_below(cache.parent) == before
 
 

@@ -79,3 +79,26 @@ def test_the_small_buffers_that_numpy_keeps_lie_together_once_a_runtime_has_star
         print(np.mean(np.abs(places - near) < 1_500_000))
     """)
     assert float(found) > 0.9
+
+
+def test_numpy_asks_for_no_huge_pages_while_a_native_thread_works_and_does_again_after(
+    fresh_process: Any,
+) -> None:
+    found = fresh_process("""
+        import numpy as np
+        from ebbtide.cancellation import CancelToken
+        from ebbtide.runtime import native_threads
+
+        switch = np._core.multiarray._set_madvise_hugepage
+
+        def asked():
+            before = switch(True)
+            switch(before)
+            return before
+
+        job = native_threads.submit(asked, CancelToken("test"), lambda: None)
+        print(job.wait())
+        while not asked():  # the thread gives it back just after the job has told its outcome
+            pass
+    """)
+    assert found.split() == ["False"]

@@ -105,11 +105,40 @@ class Allocator:
                     self._library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_MAX)
                     self._library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
 
+    @contextlib.contextmanager
+    def small_pages(self) -> Iterator[None]:
+        """While inside, numpy asks the system for no huge pages.
+
+        It does for each array of 4 MB or more. An arena whose memory was once asked for so gets two
+        megabytes for each page that is touched at its top, of which malloc knows a few kilobytes,
+        and gives back no more.
+        """
+        numpy = sys.modules.get("numpy._core.multiarray") or sys.modules.get(
+            "numpy.core.multiarray"
+        )
+        switch = getattr(numpy, "_set_madvise_hugepage", None)
+        if switch is None or settings.malloc != "tuned":
+            yield
+            return
+        with self._lock:
+            if not self._small_pages:
+                self._huge_pages = switch(False)
+            self._small_pages += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._small_pages -= 1
+                if not self._small_pages:
+                    switch(self._huge_pages)
+
     def forget(self) -> None:
         """In a forked child: the threads that had ballasts are not here."""
         self._ballasts: dict[int, int] = {}
         self._lock = threading.RLock()  # a finalizer on its holder may reclaim
         self._shrinking = 0
+        self._small_pages = 0
+        self._huge_pages = True
 
     def hold_ballast(self, thread: int) -> None:
         """On a thread of Ebbtide's own, before a job: make its arena's top shrinkable.

@@ -32,8 +32,13 @@ def best(scores: Scores, count: int | None) -> list[int]:
         scores: [scores].
         count: How many; None for all.
     """
-    order: list[int] = np.argsort(-scores, kind="stable").tolist()
-    return order[:count]
+    places = np.arange(len(scores))
+    if count is not None and count < len(scores):  # a vocabulary's are too many to sort
+        least = np.partition(scores, -count)[-count]
+        places = np.flatnonzero(scores >= least)
+    order = np.argsort(-scores[places], kind="stable")[:count]
+    found: list[int] = places[order].tolist()
+    return found
 
 
 def _wide(logits: Scores) -> Scores:

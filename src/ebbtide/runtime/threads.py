@@ -217,7 +217,8 @@ class NativeThreads:
         while True:
             job = self._queue.get()
             allocator.hold_ballast(identity)
-            job.run()
+            with allocator.small_pages():
+                job.run()
             del job
 
 
