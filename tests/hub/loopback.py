@@ -360,13 +360,15 @@ class Hub:
         """Log a request, and find its answer and the fault that hits it."""
         host, authorization = headers.get("Host", ""), headers.get("Authorization")
         with self._changed:
+            if self._closed:
+                raise ConnectionAbortedError("the hub closes")
             self._requests.append(request)
             if not request.path.startswith("/api/"):
                 self._encodings.add(headers.get("Accept-Encoding"))
             self._changed.notify_all()
             answer = self._answer(request, host, authorization)
             hitting = (one for one in self._faults if one._hits(request, answer))
-            fault = None if self._closed else next(hitting, None)
+            fault = next(hitting, None)
             if fault:
                 fault.hits += 1
         return answer, fault

@@ -171,11 +171,13 @@ os.execv(sys.argv[1], sys.argv[1:])
 def test_a_read_only_cache_gives_what_it_has_and_a_typed_error_for_what_it_has_not(
     hub: Hub, tiny: str, cache: Path, read_only: list[str], child: Any
 ) -> None:
+    hub.tag(NAME, "v1")
     hub.add(NAME, {"README.md": b"main goes on"}, revision="next")
     before = len(files_asked(hub))
     script = f"""
         import ebbtide
-        for options in ({{}}, {{"local_files_only": True}}, {{"revision": "{tiny}"}}):
+        for options in ({{}}, {{"local_files_only": True}}, {{"revision": "{tiny}"}},
+                        {{"revision": "v1"}}):
             with ebbtide.pipeline("{TASK}", "{NAME}", **options) as pipe:
                 print(pipe("the tide").shape, flush=True)
         for options in ({{"dtype": "q8"}}, {{"revision": "next"}}):
@@ -190,12 +192,12 @@ def test_a_read_only_cache_gives_what_it_has_and_a_typed_error_for_what_it_has_n
         print([one.name for one in ebbtide.cached_models()])
     """
     told = child(script, *read_only).succeeds().splitlines()
-    assert told[:3] == ["(1, 5, 32)"] * 3
-    assert told[3].startswith("DownloadError onnx/model_quantized.onnx of model")
-    assert "cannot be written to the cache" in told[3]
-    assert told[4].startswith("ModelNotFoundError Model 'org/tiny' has no config.json")
-    assert "cannot be removed from the cache" in told[5]
-    assert told[6] == f"['{NAME}']"
+    assert told[:4] == ["(1, 5, 32)"] * 4
+    assert told[4].startswith("DownloadError onnx/model_quantized.onnx of model")
+    assert "cannot be written to the cache" in told[4]
+    assert told[5].startswith("ModelNotFoundError Model 'org/tiny' has no config.json")
+    assert "cannot be removed from the cache" in told[6]
+    assert told[7:] == [f"['{NAME}']"]
     assert files_asked(hub)[before:] == []
     assert snapshot(cache, tiny).is_dir()
 

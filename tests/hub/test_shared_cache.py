@@ -216,8 +216,10 @@ def test_the_models_in_the_cache_are_listed_with_sizes_dtypes_and_revisions(
     assert one.folder == cache / "models--org--tiny"
     assert one.dtypes == ("fp32", "q8")
     assert one.revisions == (("main", tiny), ("v1", tiny))
-    content = sum((TINY / name).stat().st_size for name in {*NEEDED, "onnx/model_quantized.onnx"})
-    assert content < one.size < content + 5000  # and what is known of it
+    of_its_own = (path for path in one.folder.rglob("*") if not path.is_symlink())
+    assert one.size == sum(path.stat().st_size for path in of_its_own if path.is_file())
+    content = {*NEEDED, "onnx/model_quantized.onnx"}
+    assert one.size > sum((TINY / name).stat().st_size for name in content)
     assert one.used > 0
     assert found["org/other"].revisions == ()
     assert ebbtide.cached_models(cache.with_name("none")) == []
