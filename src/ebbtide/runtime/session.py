@@ -8,6 +8,7 @@ once, and the native session has one owner.
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -16,7 +17,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -196,6 +197,8 @@ _OPTIMIZATION: Final[Mapping[str, str]] = types.MappingProxyType(
     }
 )
 
+_TELEMETRY: Final = "ORT_DISABLE_TELEMETRY"
+
 _NUMPY_NAMES: Final[Mapping[str, str]] = types.MappingProxyType(
     {"float": "float32", "double": "float64"}
 )
@@ -209,7 +212,9 @@ def _onnxruntime() -> Any:
     import) is over before the first pipeline's load is measured.
     """
     import numpy as np
-    import onnxruntime
+
+    with _telemetry_off():
+        import onnxruntime
 
     _fill_numpy_cache()
     options = _native_options(onnxruntime, SessionOptions(threads=1))
@@ -219,6 +224,25 @@ def _onnxruntime() -> Any:
     session.run(None, {"x": np.ones((1, 1), np.float32)})
     session.__dict__.clear()
     return onnxruntime
+
+
+@contextlib.contextmanager
+def _telemetry_off() -> Iterator[None]:
+    """Have ONNX Runtime, imported in this block, collect and send nothing.
+
+    Since 1.29 its wheels report sessions, models and errors to Microsoft (privacy.md of its
+    repository). For that they keep a database in the user's cache folder, two threads and memory
+    that grows with each load that fails, and forked children that wait for the threads for ever.
+    The variable is read at the import alone; whoever sets it has chosen, with 0 too.
+    """
+    if _TELEMETRY in os.environ:
+        yield
+        return
+    os.environ[_TELEMETRY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_TELEMETRY, None)
 
 
 def _fill_numpy_cache() -> None:
@@ -238,8 +262,9 @@ def _fill_numpy_cache() -> None:
 def _end_child_early() -> None:
     """In a forked child: have its exit skip ONNX Runtime's static destructors.
 
-    ONNX Runtime starts threads when it is imported. A forked child does not have them, and waits
-    for them for ever when it exits (`import onnxruntime`, `os.fork()`, `sys.exit()` hangs). Of
+    Where its telemetry is on, ONNX Runtime starts threads when it is imported. A forked child does
+    not have them, and waits for them for ever when it exits (`import onnxruntime`, `os.fork()`,
+    `sys.exit()` hangs; so it does where the user imported it before Ebbtide). Of
     what runs after Python's own end, last registered first, these two come first: C's streams are
     written out, and the process ends with the status that it was about to end with.
     """
