@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import ebbtide
 from ebbtide.hub import download
 
 from .loopback import Hub
-from .served import NAME, TINY, Child, environment
+from .served import NAME, TINY, Child, ended, environment
 
 
 @pytest.fixture
@@ -54,10 +53,7 @@ def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     yield folder
     ebbtide.dispose_all(cancel=True)
     hub.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("ebbtide-download"):
-            thread.join(30)
-            assert not thread.is_alive(), f"{thread.name} went on after the test"
+    ended()
     close_session()
     assert hub.leaked == [], "the CDN was shown a token"
 

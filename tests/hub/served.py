@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def part_of(cache: Path, name: str = ONNX, folder: Path = TINY) -> Path:
 def snapshot(cache: Path, commit: str, model: str = NAME) -> Path:
     """Where a commit's files are."""
     return cache / f"models--{model.replace('/', '--')}" / "snapshots" / commit
+
+
+def ended() -> None:
+    """Wait for the threads of downloads to end."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("ebbtide-download"):
+            thread.join(30)
+            assert not thread.is_alive(), f"{thread.name} goes on"
 
 
 def environment(hub: Hub, cache: Path, *, timeout: int = 30) -> dict[str, str]:

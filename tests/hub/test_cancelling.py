@@ -22,23 +22,11 @@ from ebbtide.hub.cache import FileInfo
 from ebbtide.memory.ledger import ledger
 
 from .loopback import Hub
-from .served import NAME, ONNX, TASK, TINY, answers, assert_same_as_folder, part_of, ranges
+from .served import NAME, ONNX, TASK, TINY, answers, assert_same_as_folder, ended, part_of, ranges
 
 LOOK_UP = "/api/models/*"
 CDN = f"/cdn/*/{ONNX}"
 CUT = 100_000
-
-
-def download_threads() -> list[threading.Thread]:
-    """The threads of downloads that go on."""
-    return [one for one in threading.enumerate() if one.name.startswith("ebbtide-download")]
-
-
-def ended() -> None:
-    """Wait for all of them to end, which they do without a further request."""
-    for thread in download_threads():
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def assert_released() -> None:

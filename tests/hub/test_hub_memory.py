@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ebbtide
+
 from .loopback import Hub
-from .served import LINUX, NAME, TASK, TINY, answers, ranges
+from .served import LINUX, NAME, TASK, TINY, answers, ended, ranges
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="what a process holds is read as Linux tells it")
 
@@ -74,3 +79,28 @@ after_three(load)
     # Threads of downloads have arenas: 0.7 MB more after 30 loads, 1.3 after 60 and after 300.
     assert_no_more_is_held(child(HELD + script).succeeds(), most=3_000_000)
     assert len(ranges(hub)) == 30
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What goes away meanwhile does so by its references."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("call", [ebbtide.pipeline, ebbtide.model_files])
+@pytest.mark.parametrize("pattern", ["/api/*", "*/config.json"])
+def test_an_error_is_gone_with_its_last_user_and_what_it_came_from_with_it(
+    hub: Hub, tiny: str, cache: Path, no_collection: None, call: Any, pattern: str
+) -> None:
+    hub.fault(pattern, status=500)
+    errors: list[weakref.ref[BaseException]] = []
+    try:
+        call(TASK, NAME)
+    except ebbtide.DownloadError as error:
+        errors += [weakref.ref(one) for one in (error, error.__context__) if one is not None]
+    ended()
+    assert errors
+    assert [one() for one in errors] == [None] * len(errors)

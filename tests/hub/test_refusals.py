@@ -150,6 +150,23 @@ def test_a_hub_that_does_not_answer_is_given_up_after_the_clients_timeout(
     assert_same_as_folder()
 
 
+@pytest.mark.parametrize("pattern", [LOOK_UP, f"/cdn/*/{ONNX}"], ids=["look-up", "file"])
+def test_how_long_a_hub_is_waited_for_is_read_from_the_environment(
+    hub: Hub, tiny: str, cache: Path, child: Any, pattern: str
+) -> None:
+    hub.fault(pattern, hold=True, times=None)
+    script = f"""
+        import ebbtide
+        from ebbtide.hub import download
+        download._RETRIES = 1
+        try:
+            ebbtide.pipeline("{TASK}", "{NAME}")
+        except ebbtide.DownloadError as error:
+            print(error.unreachable, "Timeout" in str(error))
+    """
+    assert child(script, timeout=1).result(timeout=20) == (0, "True True\n", "")
+
+
 @pytest.mark.parametrize(
     "endpoint", ["nonsense", "http://", "ftp://127.0.0.1", "http://127.0.0.1:port", "http://[::1"]
 )

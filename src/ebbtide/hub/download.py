@@ -339,8 +339,12 @@ def _listen(
         token.check()
         if news is None:
             continue
-        if news.error is not None:
-            raise news.error
+        error = news.error
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, news  # else the error, its traceback and this frame are a cycle
         name = news.file.name
         if name not in started:
             started.add(name)
@@ -381,7 +385,10 @@ def _aside(function: Callable[[], ResultT], token: CancelToken) -> ResultT:
     assert found is not None
     result, error = found
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error, found  # else the error, its traceback and this frame are a cycle
     return result  # type: ignore[return-value]
 
 
