@@ -47,9 +47,13 @@ def test_who_sets_the_variable_has_chosen(monkeypatch: pytest.MonkeyPatch, choic
 
 
 def test_an_import_that_fails_leaves_nothing_in_the_environment() -> None:
-    with pytest.raises(ImportError), session._telemetry_off():
-        assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
-        raise ImportError
+    def fails() -> None:
+        with session._telemetry_off():
+            assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fails()
     assert "ORT_DISABLE_TELEMETRY" not in os.environ
 
 
