@@ -119,6 +119,7 @@ class Reaper:
         gate.wait()
 
     def _run(self) -> None:
+        _guarded(allocator.trim)  # what its first takes is taken before a load is measured
         while True:
             _guarded(lambda: self._step(self._patience()))
 

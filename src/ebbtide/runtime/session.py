@@ -33,6 +33,7 @@ from ebbtide.errors import (
     unknown_option,
 )
 from ebbtide.lifecycle import Remains, on_fork
+from ebbtide.memory.allocator import allocator
 from ebbtide.memory.pins import leak, let_go
 from ebbtide.runtime import devices
 from ebbtide.runtime.threads import cpu_count
@@ -223,6 +224,8 @@ def _onnxruntime() -> Any:
     )
     session.run(None, {"x": np.ones((1, 1), np.float32)})
     session.__dict__.clear()
+    del session
+    allocator.trim()
     return onnxruntime
 
 
