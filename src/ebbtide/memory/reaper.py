@@ -288,7 +288,7 @@ def _warn_forgotten(life: Lifecycle) -> None:
     _guarded(lambda: warnings.warn_explicit(text, ResourceWarning, file, line))
 
 
-def _guarded(function: Callable[[], None]) -> None:
+def _guarded(function: Callable[[], object]) -> None:
     """Run something that may raise (a user's warning made an error): it is told, and we go on."""
     try:
         function()
