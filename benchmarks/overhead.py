@@ -167,7 +167,7 @@ class Side:
         hand = ByHand(self.options.model, self.options.dtype, False, self.options.threads)
         pipe = self.pipe
         encoder = pipe._model
-        session = encoder._session.value
+        session = encoder._session.value.native
         native = session._native
         lifecycle = pipe._lifecycle
         feeds = hand.feeds()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, but those with a hub of their own
+os.environ["EBBTIDE_PREPARE"] = "off"  # but in the tests of it
 
 import ebbtide
 

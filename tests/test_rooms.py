@@ -15,6 +15,7 @@ RANKS = {
     "cancellation": 0,
     "settings": 0,
     "lifecycle": 0,
+    "receipts": 0,
     "memory": 1,
     "runtime": 2,
     "hub": 2,
@@ -32,7 +33,9 @@ BESIDE = {
     ("cancellation", "errors"),
     ("lifecycle", "cancellation"),
     ("lifecycle", "errors"),
+    ("lifecycle", "receipts"),
     ("lifecycle", "settings"),
+    ("receipts", "cancellation"),
     ("settings", "errors"),
 }
 """Imports that are allowed between rooms of one rank."""

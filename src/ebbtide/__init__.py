@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from ebbtide.factory import PipelineOptions, apipeline, download, model_files, pipeline
     from ebbtide.hub import ProgressEvent
-    from ebbtide.lifecycle import DisposalReceipt, State, dispose_all, live
+    from ebbtide.lifecycle import State, dispose_all, live
     from ebbtide.models.catalog import cached_models, remove_cached
     from ebbtide.pipelines import (
         FeatureExtractionPipeline,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         TokenClassificationPipeline,
         ZeroShotClassificationPipeline,
     )
+    from ebbtide.receipts import DisposalReceipt
     from ebbtide.runtime import SessionOptions
 
 __version__ = "0.1.0"
@@ -77,7 +78,7 @@ _HOMES = {
     "cached_models": "models.catalog",
     "remove_cached": "models.catalog",
     "ProgressEvent": "hub",
-    "DisposalReceipt": "lifecycle",
+    "DisposalReceipt": "receipts",
     "State": "lifecycle",
     "dispose_all": "lifecycle",
     "live": "lifecycle",

@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ebbtide.errors import InputError, nearest
 
 MallocPolicy = Literal["tuned", "system"]
+Prepare = Literal["background", "now", "off"]
+Verify = Literal["graph", "always"]
 
 _PREFIX = "EBBTIDE_"
+_FLAGS = frozenset({"trim", "offline", "move_to_prepared", "shared_threads"})
+_WORDS: dict[str, Any] = {"malloc": MallocPolicy, "prepare": Prepare, "verify": Verify}
+_UNITS = {"": 0, "b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -42,6 +48,21 @@ class Settings:
             call does not say. ``EBBTIDE_DRAIN_TIMEOUT``.
         offline: Never use the network: models come from folders, packages and the cache.
             ``HF_HUB_OFFLINE`` does the same. ``EBBTIDE_OFFLINE``.
+        cache_dir: The folder of the prepared store; None for the user's cache folder
+            (``~/.cache/ebbtide`` on Linux). ``EBBTIDE_CACHE_DIR``.
+        cache_size: Bytes that the prepared store may take, least recently used entries going first
+            and none that is in use; also text, as in ``"20 GB"``. ``EBBTIDE_CACHE_SIZE``.
+        prepare: What the first load of a model does about its prepared copy: ``"background"`` has
+            it made meanwhile, ``"now"`` waits for it, ``"off"`` makes none (one that is there is
+            used). ``EBBTIDE_PREPARE``.
+        move_to_prepared: Whether a pipeline that was loaded from the original goes over to the
+            prepared copy once that is there. ``EBBTIDE_MOVE_TO_PREPARED``.
+        verify: What of a prepared copy is checked at each load: ``"graph"``, all but its data, of
+            which only the size; or ``"always"``, every byte (0.6 s a gigabyte).
+            ``EBBTIDE_VERIFY``.
+        shared_threads: Whether all sessions share one pool of threads. Set it before the first
+            load, in a process that is yours alone: every other use of onnxruntime there then has
+            to ask for it too, or fails. ``EBBTIDE_SHARED_THREADS``.
         exit_timeout: Seconds the interpreter's exit waits for the last disposals.
             ``EBBTIDE_EXIT_TIMEOUT``.
 
@@ -57,9 +78,19 @@ class Settings:
     drain_timeout: float = 30.0
     exit_timeout: float = 10.0
     offline: bool = False
+    cache_dir: str | None = None
+    cache_size: int = 20_000_000_000
+    prepare: Prepare = "background"
+    move_to_prepared: bool = True
+    verify: Verify = "graph"
+    shared_threads: bool = False
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse what cannot be used, at the assignment and not at the first use."""
+        if name == "cache_size" and isinstance(value, str):
+            value = bytes_of(value) or value
+        elif name == "cache_dir" and isinstance(value, os.PathLike):
+            value = os.fspath(value)
         problem = _problem(name, value)
         if problem:
             raise InputError(f"settings.{name} {problem}, not {value!r}.", value=value)
@@ -92,12 +123,28 @@ class Settings:
         return settings
 
 
+def bytes_of(text: str) -> int | None:
+    """A size in words as bytes; None where it is none.
+
+    Example:
+        >>> bytes_of("1.5 GB"), bytes_of("2 GiB"), bytes_of("much")
+        (1500000000, 2147483648, None)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in _UNITS:
+        return None
+    unit = found[2].lower()
+    return int(float(found[1]) * (1024 if "i" in unit else 1000) ** _UNITS[unit])
+
+
 def _parse(name: str, text: str) -> object:
     word = text.strip().lower()
-    if name in {"trim", "offline"}:
+    if name in _FLAGS:
         return True if word in _TRUE else False if word in _FALSE else text
-    if name == "malloc":
+    if name in _WORDS:
         return word
+    if name in {"cache_dir", "cache_size"}:
+        return text.strip() or None
     if word in {"", "none", "auto"}:
         return None
     try:
@@ -110,11 +157,17 @@ def _problem(name: str, value: object) -> str | None:
     if name in {"threads", "native_threads"}:
         good = value is None or (type(value) is int and 1 <= value <= 1024)
         return None if good else "takes a whole number from 1 to 1024, or None"
-    if name in {"trim", "offline"}:
+    if name in _FLAGS:
         return None if isinstance(value, bool) else "takes true or false"
-    if name == "malloc":
-        policies = get_args(MallocPolicy)
-        return None if value in policies else f"takes one of {', '.join(policies)}"
+    if name in _WORDS:
+        words = get_args(_WORDS[name])
+        return None if value in words else f"takes one of {', '.join(words)}"
+    if name == "cache_dir":
+        good = value is None or (isinstance(value, str) and value != "")
+        return None if good else "takes a folder, or None"
+    if name == "cache_size":
+        good = type(value) is int and value >= 0
+        return None if good else "takes bytes, as a whole number or as in '20 GB'"
     if name in {"drain_timeout", "exit_timeout"}:
         good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
         return None if good else "takes a number of seconds, 0 or more"

@@ -126,6 +126,16 @@ async def patiently(
         raise cancelled
 
 
+def call_all(callbacks: list[Callable[[], None]]) -> None:
+    """Take out each callback and call it; each is called once, whoever else does this too."""
+    while True:
+        try:
+            callback = callbacks.pop()
+        except IndexError:
+            return
+        callback()
+
+
 def told(subscribe: Callable[[Callable[[], None]], None]) -> asyncio.Future[None]:
     """A future of the running event loop, done once the callback ``subscribe`` gets is called."""
     loop = asyncio.get_running_loop()

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import CancelToken, OneShot, own_thread, told
+from ebbtide.cancellation import CancelToken, OneShot, call_all, own_thread, told
 from ebbtide.errors import (
     DisposalError,
     InputError,
@@ -36,15 +36,18 @@ from ebbtide.errors import (
     PipelineDisposedError,
     PipelineInheritedError,
 )
+from ebbtide.receipts import Answer, DisposalReceipt, unfinished
 
 
 class State(enum.Enum):
-    """Where a pipeline is in its life. Only READY takes calls."""
+    """Where a pipeline is in its life. READY and SLEEPING take calls."""
 
     LOADING = "loading"
     """Its files are being found and its sessions made."""
     READY = "ready"
     """It takes calls."""
+    SLEEPING = "sleeping"
+    """Its sessions are freed. The next call, or `wake`, loads them again."""
     DISPOSING = "disposing"
     """No new call is let in; the running ones are drained, then everything is released."""
     DISPOSED = "disposed"
@@ -53,50 +56,6 @@ class State(enum.Enum):
     """Its load failed or was cancelled, and what had been loaded was released."""
     INHERITED = "inherited"
     """It was made before a fork and this is the child: its native memory is left alone."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DisposalReceipt:
-    """What a disposal gave back, measured.
-
-    All sizes are bytes of anonymous memory, which only this process can give back.
-
-    Attributes:
-        charged: What the pipeline alone had taken: its load, and what its calls added.
-        released: By how much the process shrank over the disposal.
-        retained: What of ``charged`` did not come back, 0 or more.
-        quiet: Whether nothing else was loaded, run or disposed meanwhile. Where something was,
-            the process's change proves nothing about this pipeline.
-        verified: The proof that the memory is back. Quiet: at most 1 % or 1 MB of ``charged``
-            stayed, and nothing native is alive. Not quiet: nothing native is alive, and no owner
-            is left.
-        duration: Seconds from the last running call's end to the receipt.
-        method: How freed memory was given back, as in ``malloc_trim``.
-        reasons: In words: what was shared, what overlapped, what still pins memory and where.
-    """
-
-    charged: int
-    released: int
-    retained: int
-    quiet: bool
-    verified: bool
-    duration: float
-    method: str
-    reasons: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """One line for a person.
-
-        Example:
-            >>> print(DisposalReceipt(31_400_000, 31_200_000, 200_000, True, True, 0.014, "trim"))
-            released 31.2 MB of 31.4 MB in 14 ms (verified)
-        """
-        verdict = "verified" if self.verified else "not verified"
-        text = (
-            f"released {self.released / 1e6:.1f} MB of {self.charged / 1e6:.1f} MB"
-            f" in {self.duration * 1e3:.0f} ms ({verdict})"
-        )
-        return f"{text}: {'; '.join(self.reasons)}" if self.reasons else text
 
 
 class Releasable(Protocol):
@@ -111,6 +70,16 @@ class Releasable(Protocol):
 
     def shared_with(self) -> int:
         """How many other owners there are."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, for people."""
+
+    def sleep(self) -> Sequence[Remains]:
+        """Free it for now, unless other owners use it."""
+
+    def wake(self, token: CancelToken) -> None:
+        """Load it again, if it is asleep."""
 
     def leak(self) -> None:
         """After a fork, in the child: make sure its native part is never freed."""
@@ -131,7 +100,7 @@ class Request:
         lifecycle: What to dispose.
         deadline: When, by `time.monotonic`, running calls are cancelled.
         collect: Whether a full garbage collection may run if bytes stay.
-        forgotten: Whether it was collected without a dispose, so that a warning is due.
+        forgotten: Whether it was collected without a dispose: then a warning is due.
     """
 
     lifecycle: Lifecycle
@@ -140,14 +109,29 @@ class Request:
     forgotten: bool = False
 
 
-class Disposer(Protocol):
-    """Does the disposing. Both methods may be called from finalizers and signal handlers."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class SleepRequest:
+    """One wish to have something sleep; at its deadline it stays awake.
 
-    def request(self, request: Request) -> None:
+    Attributes:
+        wish: For whom, until when, and whether a collection may run.
+        deep: Whether its tokenizer is freed as well.
+        answer: Gets the receipt.
+    """
+
+    wish: Request
+    deep: bool
+    answer: Answer
+
+
+class Disposer(Protocol):
+    """Does the disposing. Its methods may be called from finalizers and signal handlers."""
+
+    def request(self, request: Request | SleepRequest) -> None:
         """Take a wish; return at once."""
 
     def drained(self, lifecycle: Lifecycle) -> None:
-        """Hear that the last running call of something being disposed has ended."""
+        """Hear that the last running call of something that is waited for has ended."""
 
 
 _live: dict[int, Lifecycle] = {}
@@ -163,12 +147,18 @@ class Lifecycle:
 
     Attributes:
         working: Bytes that its calls added to the process and that are not given back yet.
+        drowsy: Whether the disposer waits for its calls to end, to have it sleep.
+        turn: Held while it goes to sleep or wakes; taken on threads of Ebbtide's own alone.
     """
 
     __slots__ = (
         "__weakref__",
+        "_end",
+        "_ending",
         "_finished",
+        "_phase",
         "disposer",
+        "drowsy",
         "error",
         "label",
         "owner",
@@ -176,7 +166,7 @@ class Lifecycle:
         "resources",
         "running",
         "site",
-        "state",
+        "turn",
         "working",
     )
 
@@ -184,7 +174,11 @@ class Lifecycle:
         self.label = label
         self.disposer = disposer
         self.site = site
-        self.state = State.LOADING
+        self._phase = State.LOADING
+        self._ending = False
+        self._end: State | None = None
+        self.drowsy = False
+        self.turn = threading.Lock()
         self.resources: list[Releasable] = []
         self.running: dict[CancelToken, None] = {}
         self.working = 0
@@ -199,17 +193,36 @@ class Lifecycle:
         """Bytes that releasing this should give back: what nobody shares, and working memory."""
         return self.working + sum(resource.charge for resource in tuple(self.resources))
 
+    @property
+    def state(self) -> State:
+        """Where it is in its life; made of what one thread each writes, so that none is lost."""
+        return self._end or (State.DISPOSING if self._ending else self._phase)
+
+    @state.setter
+    def state(self, state: State) -> None:
+        if state is State.DISPOSING:
+            self._ending = True
+        elif state in (State.LOADING, State.READY, State.SLEEPING):
+            self._phase = state
+        else:
+            self._end = state
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether a call is let in."""
+        return self.state in (State.READY, State.SLEEPING)
+
     def enter(self, token: CancelToken) -> None:
         """Let a call in, or raise the reason why not."""
         self.running[token] = None
-        if self.state is not State.READY:
+        if not self.takes_calls:
             self.leave(token)
             raise self.refusal()
 
     def leave(self, token: CancelToken) -> None:
         """Note that a call has ended."""
         self.running.pop(token, None)
-        if not self.running and self.state is State.DISPOSING:
+        if not self.running and (self._ending or self.drowsy):
             self.disposer.drained(self)
 
     def refusal(self) -> PipelineDisposedError:
@@ -235,7 +248,7 @@ class Lifecycle:
         forgotten: bool = False,
     ) -> None:
         """Ask for the disposal and return at once; safe in a finalizer and in a signal handler."""
-        if self.state in (State.LOADING, State.READY):
+        if self.state in (State.LOADING, State.READY, State.SLEEPING):
             self.state = State.DISPOSING
         elif forgotten:
             return  # it is being disposed, and so was not forgotten
@@ -247,6 +260,20 @@ class Lifecycle:
                 token.cancel()
         deadline = time.monotonic() + patience
         self.disposer.request(Request(self, deadline, collect, forgotten))
+
+    def wake(self, token: CancelToken) -> None:
+        """Have every resource loaded; called on a native thread, inside a call.
+
+        Raises:
+            EbbtideError: One could not be loaded again. It stays asleep.
+        """
+        if self._phase is not State.SLEEPING and not self.drowsy:
+            return  # no lock is needed: who has it sleep makes it drowsy, then looks at `running`
+        with self.turn:
+            if self._phase is State.SLEEPING:
+                for resource in tuple(self.resources):
+                    resource.wake(token)
+                self.state = State.READY
 
     def own(self, resource: Releasable) -> None:
         """Take a resource that a load brings in; called on a native thread.
@@ -264,11 +291,26 @@ class Lifecycle:
         while self.resources:
             self.resources.pop().release()
 
+    def request_sleep(self, *, timeout: float | None, deep: bool, collect: bool) -> Answer:
+        """Ask for it to sleep and return at once.
+
+        Raises:
+            PipelineDisposedError: It takes no calls.
+        """
+        _check_timeout(timeout)
+        if not self.takes_calls:
+            raise self.refusal()
+        patience = settings.drain_timeout if timeout is None else timeout
+        wish = Request(self, time.monotonic() + patience, collect)
+        answer = Answer()
+        self.disposer.request(SleepRequest(wish, deep, answer))
+        return answer
+
     def on_finished(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called once the disposal has ended; at once if it has."""
         self._finished.append(callback)
         if self.receipt is not None:
-            self._tell()
+            call_all(self._finished)
 
     def finish(
         self, receipt: DisposalReceipt, *, state: State, error: DisposalError | None = None
@@ -281,22 +323,14 @@ class Lifecycle:
             self.error = error
             self.receipt = receipt
             _live.pop(id(self), None)
-            self._tell()
-
-    def _tell(self) -> None:
-        while True:
-            try:
-                callback = self._finished.pop()
-            except IndexError:
-                return
-            callback()
+            call_all(self._finished)
 
     def wait(self) -> DisposalReceipt:
         """Wait for the disposal's end; on a thread of Ebbtide's own, do not, and say so."""
         if self.receipt is None and self.state is State.INHERITED:
-            return _unfinished(f"{self.label} was inherited through a fork and is left alone")
+            return unfinished(f"{self.label} was inherited through a fork and is left alone")
         if self.receipt is None and own_thread.is_own:
-            return _unfinished(
+            return unfinished(
                 "asked for from inside a running call: completes as that call unwinds"
             )
         if self.receipt is None:
@@ -315,10 +349,6 @@ class Lifecycle:
             resource.leak()
 
 
-def _unfinished(reason: str) -> DisposalReceipt:
-    return DisposalReceipt(0, 0, 0, False, False, 0.0, "none", (reason,))
-
-
 class Disposable:
     """What a user holds: a wrapper that dispose empties.
 
@@ -330,7 +360,7 @@ class Disposable:
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle = lifecycle
         lifecycle.owner = weakref.ref(self)
-        finalizer = weakref.finalize(self, _forgotten, lifecycle)
+        finalizer = weakref.finalize(self, lifecycle.request, forgotten=True)
         finalizer.atexit = False
 
     @property
@@ -387,8 +417,48 @@ class Disposable:
             raise lifecycle.error
         return receipt
 
+    def sleep(
+        self, *, timeout: float | None = None, deep: bool = False, collect: bool = True
+    ) -> DisposalReceipt:
+        """Give back what the sessions take, and load them again at the next call.
+
+        Running calls end first. What stays is the tokenizer, unless ``deep``, and some kilobytes.
+
+        Args:
+            timeout: Seconds to wait for running calls (``settings.drain_timeout`` by default).
+                Then it stays awake, and the receipt says so: a call is never cancelled for this.
+            deep: Free the tokenizer as well; it is read again with the sessions.
+            collect: As for `dispose`.
+
+        Returns:
+            What the sessions were charged with, and what came back, in bytes.
+
+        Raises:
+            PipelineDisposedError: It is disposed, or about to be.
+        """
+        answer = self._lifecycle.request_sleep(timeout=timeout, deep=deep, collect=collect)
+        if own_thread.is_own:
+            return unfinished("asked for from inside a call: it sleeps once that has ended")
+        gate = OneShot()
+        answer.on_given(gate.open)
+        gate.wait()
+        return self._slept(answer)
+
+    async def asleep(
+        self, *, timeout: float | None = None, deep: bool = False, collect: bool = True
+    ) -> DisposalReceipt:
+        """The same as `sleep`, without blocking the event loop."""
+        answer = self._lifecycle.request_sleep(timeout=timeout, deep=deep, collect=collect)
+        await told(answer.on_given)
+        return self._slept(answer)
+
+    def _slept(self, answer: Answer) -> DisposalReceipt:
+        if answer.receipt is None or not self._lifecycle.takes_calls:
+            raise self._lifecycle.refusal()
+        return answer.receipt
+
     def __enter__(self) -> Self:
-        if self.state is not State.READY:
+        if not self._lifecycle.takes_calls:
             raise self._lifecycle.refusal()
         return self
 
@@ -431,10 +501,6 @@ class Disposable:
 def _check_timeout(timeout: float | None) -> None:
     if timeout is not None and not timeout >= 0:
         raise InputError(f"timeout takes seconds, 0 or more, not {timeout!r}.", value=timeout)
-
-
-def _forgotten(lifecycle: Lifecycle) -> None:
-    lifecycle.request(forgotten=True)
 
 
 def creation_site() -> tuple[str, int]:

@@ -13,7 +13,7 @@ import pytest
 from ebbtide.cancellation import CancelToken
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle, State, creation_site
-from ebbtide.memory.ledger import ledger
+from ebbtide.memory.ledger import Native, ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.text_encoder import FEATURES, TextEncoder
@@ -23,7 +23,7 @@ from ebbtide.runtime import TensorInfo, native_threads
 from ebbtide.runtime.devices import Device
 
 
-class WaitingSession:
+class WaitingSession(Native):
     """A session whose run waits for `go`, or for its call's cancellation, as a native one does."""
 
     inputs = (TensorInfo("input_ids", "int64", ("batch", "tokens")),)

@@ -96,7 +96,7 @@ def test_cancelling_the_task_terminates_the_native_run(tiny_bert: Path) -> None:
     started = threading.Semaphore(0)
     ended: list[str] = []
     with ebbtide.pipeline("feature-extraction", tiny_bert) as pipe:
-        session = pipe._model._session.value
+        session = pipe._model._session.value.native
         native = session._native
 
         class Told:

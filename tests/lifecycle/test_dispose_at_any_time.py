@@ -95,7 +95,7 @@ def test_a_native_run_is_stopped_by_its_own_terminate(tiny_bert: Path, call) -> 
     with ebbtide.pipeline("feature-extraction", tiny_bert) as other:
         pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
         started = threading.Event()
-        session = pipe._model._session.value
+        session = pipe._model._session.value.native
         inner = session._native.run
 
         class Told:

@@ -77,7 +77,7 @@ def test_where_other_work_overlaps_the_proof_is_structural(waiting, call, tiny_b
 
 def test_a_native_session_that_somebody_pins_is_named_and_not_verified(tiny_bert: Path) -> None:
     pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
-    core = pipe._model._session.value._native._sess
+    core = pipe._model._session.value.native._native._sess
     keeper = [core, []]
     del core
     receipt = pipe.dispose()
@@ -88,7 +88,7 @@ def test_a_native_session_that_somebody_pins_is_named_and_not_verified(tiny_bert
 
 def test_an_alias_of_the_python_session_pins_nothing(tiny_bert: Path) -> None:
     pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
-    alias = pipe._model._session.value._native
+    alias = pipe._model._session.value.native._native
     assert pipe.dispose().verified or pipe.dispose().reasons[0].startswith("bytes stayed")
     with pytest.raises(AttributeError):
         alias.run(None, {})
@@ -96,7 +96,7 @@ def test_an_alias_of_the_python_session_pins_nothing(tiny_bert: Path) -> None:
 
 def test_a_node_argument_that_escapes_is_found_out(tiny_bert: Path) -> None:
     pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
-    escaped = pipe._model._session.value._native.get_inputs()[0]
+    escaped = pipe._model._session.value.native._native.get_inputs()[0]
     receipt = pipe.dispose()
     assert "still referenced by something the garbage collector does not see" in str(receipt)
     assert not receipt.verified
@@ -118,7 +118,7 @@ def test_a_full_collection_runs_only_where_bytes_stayed(
 
     for allowed in (False, True):
         pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
-        core = pipe._model._session.value._native._sess
+        core = pipe._model._session.value.native._native._sess
         receipt = pipe.dispose(collect=allowed)
         assert len(collections) == allowed
         assert ("gc.collect" in receipt.method) == allowed
@@ -129,7 +129,7 @@ def test_a_collection_frees_what_a_cycle_pinned(tiny_bert: Path) -> None:
     pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
     gc.disable()
     try:
-        cycle: dict[str, object] = {"session": pipe._model._session.value._native._sess}
+        cycle: dict[str, object] = {"session": pipe._model._session.value.native._native._sess}
         cycle["itself"] = cycle
         del cycle
         receipt = pipe.dispose()

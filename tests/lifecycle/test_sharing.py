@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import ebbtide
-from ebbtide import PipelineCancelledError, SessionOptions, runtime
+from ebbtide import PipelineCancelledError, SessionOptions
 from ebbtide.lifecycle import _live
 from ebbtide.memory.ledger import ledger
+from ebbtide.runtime import graph
 
 
 def alive() -> Counter[str]:
@@ -158,8 +159,8 @@ class Loads:
         self.go = threading.Event()
         self.count = count
         self.outcomes: list[Any] = []
-        self._open = runtime.open_session
-        monkeypatch.setattr(runtime, "open_session", self.open_session)
+        self._open = graph.open_session
+        monkeypatch.setattr(graph, "open_session", self.open_session)
 
     def open_session(self, *arguments: Any) -> Any:
         self.opened += 1
@@ -264,10 +265,10 @@ def test_the_last_owner_frees_what_was_shared(tiny_bert: Path) -> None:
     session = pipes[0]._model._session.value
     for left in (2, 1):
         pipes[left].dispose()
-        assert session._native is not None
+        assert session.native is not None
         assert [one.owners for one in pipes[0].memory.holdings] == [left, left]
     receipt = pipes[0].dispose()
-    assert session._native is None
+    assert session.native is None
     assert "shared" not in str(receipt)
     assert alive() == {}
 

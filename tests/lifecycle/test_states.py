@@ -87,10 +87,10 @@ def test_a_load_that_succeeds_goes_from_loading_to_ready(tiny_bert: Path, monkey
 def test_a_load_that_fails_goes_from_loading_to_failed(tiny_bert: Path, monkeypatch) -> None:
     loading = Loading(tiny_bert, monkeypatch)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ebbtide.LoadError("the file is damaged", path="model.onnx")
 
-    monkeypatch.setattr(text_encoder, "_session", fail)
+    monkeypatch.setattr(text_encoder.runtime, "acquire", fail)
     assert isinstance(loading.end(), ebbtide.LoadError)
     assert loading.lifecycle.state is State.FAILED
     assert loading.lifecycle.receipt is not None
@@ -170,7 +170,7 @@ def test_a_ready_pipeline_says_what_it_is_and_takes(tiny_bert: Path) -> None:
     with ebbtide.pipeline("feature-extraction", tiny_bert, dtype="q8") as pipe:
         assert repr(pipe) == (
             f"<FeatureExtractionPipeline {str(tiny_bert)!r} ready on cpu in q8,"
-            f" {pipe.memory.anonymous / 1e6:.1f} MB>"
+            f" {pipe.memory.anonymous / 1e6:.1f} MB (original)>"
         )
 
 
@@ -187,7 +187,7 @@ def test_live_has_the_oldest_first_and_only_what_is_not_disposed(tiny_bert: Path
 
 
 @pytest.mark.parametrize("state", list(State))
-def test_only_a_ready_pipeline_lets_a_call_in(state: State) -> None:
+def test_only_a_pipeline_that_is_ready_or_asleep_lets_a_call_in(state: State) -> None:
     from ebbtide.cancellation import CancelToken
 
     class Nobody:
@@ -202,7 +202,7 @@ def test_only_a_ready_pipeline_lets_a_call_in(state: State) -> None:
     _live.pop(id(lifecycle))
     lifecycle.state = state
     token = CancelToken("call")
-    if state is State.READY:
+    if state in (State.READY, State.SLEEPING):
         lifecycle.enter(token)
         assert lifecycle.running == {token: None}
         lifecycle.leave(token)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.memory import ledger as ledger_module
-from ebbtide.memory.ledger import Activity, Ledger
+from ebbtide.memory.ledger import Activity, Ledger, Native
 
 
-class Native:
+class Counting(Native):
     """Something that can be closed, and counts it."""
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ def test_a_forked_child_begins_with_nothing_going_on() -> None:
 
 
 def test_a_load_is_charged_what_the_process_grew_by(figures: Figures) -> None:
-    def load() -> Native:
+    def load() -> Counting:
         figures.now += 400
-        return Native()
+        return Counting()
 
     ledger = Ledger(Activity())
     lease = ledger.acquire("key", "session", load, CancelToken("test"))
@@ -107,9 +107,9 @@ def test_a_load_is_charged_what_the_process_grew_by(figures: Figures) -> None:
 
 
 def test_a_load_that_makes_the_process_smaller_is_charged_nothing(figures: Figures) -> None:
-    def load() -> Native:
+    def load() -> Counting:
         figures.now -= 400
-        return Native()
+        return Counting()
 
     assert Ledger(Activity()).acquire("key", "session", load, CancelToken("test")).charge == 0
 
@@ -117,7 +117,7 @@ def test_a_load_that_makes_the_process_smaller_is_charged_nothing(figures: Figur
 def test_a_disturbed_load_is_charged_by_an_earlier_quiet_one(figures: Figures) -> None:
     def load(size: int) -> Any:
         figures.now += size
-        return Native()
+        return Counting()
 
     activity = Activity()
     ledger = Ledger(activity)
@@ -141,16 +141,16 @@ def test_a_disturbed_load_is_charged_by_an_earlier_quiet_one(figures: Figures) -
 def test_a_load_that_another_thing_began_in_is_not_quiet(figures: Figures) -> None:
     activity = Activity()
 
-    def load() -> Native:
+    def load() -> Counting:
         activity.end(activity.begin())
-        return Native()
+        return Counting()
 
     assert not Ledger(activity).acquire("key", "session", load, CancelToken("test")).holding.quiet
 
 
 def test_equal_keys_are_one_thing_until_its_last_owner_gives_it_up(figures: Figures) -> None:
     ledger = Ledger(Activity())
-    native = Native()
+    native = Counting()
     leases = [
         ledger.acquire("key", "session", lambda: native, CancelToken("test")) for _ in range(3)
     ]
@@ -164,13 +164,13 @@ def test_equal_keys_are_one_thing_until_its_last_owner_gives_it_up(figures: Figu
     leases[1].release()
     assert native.closed == 1
     assert ledger._entries == {}
-    assert ledger.acquire("key", "session", Native, CancelToken("test")).value is not native
+    assert ledger.acquire("key", "session", Counting, CancelToken("test")).value is not native
 
 
 def test_only_a_sole_owner_is_charged(figures: Figures) -> None:
-    def load() -> Native:
+    def load() -> Counting:
         figures.now += 400
-        return Native()
+        return Counting()
 
     ledger = Ledger(Activity())
     first = ledger.acquire("key", "session", load, CancelToken("test"))
@@ -182,7 +182,7 @@ def test_only_a_sole_owner_is_charged(figures: Figures) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
 def test_a_load_that_fails_leaves_nothing_behind(figures: Figures, error: BaseException) -> None:
-    def fail() -> Native:
+    def fail() -> Counting:
         raise error
 
     activity = Activity()
@@ -191,7 +191,7 @@ def test_a_load_that_fails_leaves_nothing_behind(figures: Figures, error: BaseEx
         ledger.acquire("key", "session", fail, CancelToken("test"))
     assert ledger._entries == {}
     assert activity._active == {}
-    assert ledger.acquire("key", "session", Native, CancelToken("test")).holding.quiet
+    assert ledger.acquire("key", "session", Counting, CancelToken("test")).holding.quiet
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -200,7 +200,7 @@ def test_a_load_whose_memory_cannot_be_read_leaves_nothing_behind(
 ) -> None:
     """With no descriptor left in the process, reading its memory fails."""
     reads: list[None] = []
-    native = Native()
+    native = Counting()
 
     def failing() -> int:
         reads.append(None)
@@ -227,7 +227,7 @@ def test_whoever_waits_for_a_load_that_fails_tries_for_themselves(figures: Figur
     begun, go = threading.Event(), threading.Event()
     outcomes: list[object] = []
 
-    def fail() -> Native:
+    def fail() -> Counting:
         begun.set()
         assert go.wait(30)
         raise ValueError("the first failed")
@@ -242,10 +242,10 @@ def test_whoever_waits_for_a_load_that_fails_tries_for_themselves(figures: Figur
     threads[0].start()
     assert begun.wait(30)
     leases: list[Any] = []
-    loads: list[Native] = []
+    loads: list[Counting] = []
 
-    def load() -> Native:
-        loads.append(Native())
+    def load() -> Counting:
+        loads.append(Counting())
         return loads[-1]
 
     for _ in range(4):
@@ -266,10 +266,10 @@ def test_whoever_waits_for_a_load_that_fails_tries_for_themselves(figures: Figur
 
 
 def test_in_a_forked_child_a_lease_leaks_its_native_and_frees_nothing(figures: Figures) -> None:
-    native = Native()
+    native = Counting()
     ledger = Ledger(Activity())
     lease = ledger.acquire("key", "session", lambda: native, CancelToken("test"))
     ledger.forget()
     lease.leak()
     assert (native.leaked, native.closed) == (1, 0)
-    assert ledger.acquire("key", "session", Native, CancelToken("test")).value is not native
+    assert ledger.acquire("key", "session", Counting, CancelToken("test")).value is not native

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import ebbtide
 from ebbtide.cancellation import CancelToken
 from ebbtide.hub import ModelFiles
-from ebbtide.models import tokenizer as room
+from ebbtide.models import native_tokenizer as room
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.tokenizer import Tokenizer
 

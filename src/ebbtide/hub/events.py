@@ -9,7 +9,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from ebbtide.errors import InputError
 
-Status = Literal["initiate", "download", "progress", "progress_total", "done", "ready"]
+Status = Literal[
+    "initiate", "download", "progress", "progress_total", "done", "preparing", "prepared", "ready"
+]
 
 
 class FileProgress(TypedDict):
@@ -24,8 +26,9 @@ class ProgressEvent(TypedDict):
 
     ``initiate``: a file is about to be downloaded. ``download``: its first bytes are on the way.
     ``progress``: more of it came, 0 to 100, with the bytes. ``progress_total``: the same of all
-    files that are downloaded together. ``done``: it is there, and its hash is right. ``ready``: the
-    pipeline is.
+    files that are downloaded together. ``done``: it is there, and its hash is right.
+    ``preparing``, ``prepared``: the load waits for the model's prepared copy, and has it.
+    ``ready``: the pipeline is.
     """
 
     status: Status

@@ -7,10 +7,11 @@ signal handler and no wait of a user's thread can come between.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.lifecycle import Remains, on_fork
@@ -18,14 +19,38 @@ from ebbtide.memory.allocator import allocator
 from ebbtide.memory.probe import anonymous_bytes
 
 
-class Native(Protocol):
-    """Something with memory outside Python's heap, closed once."""
+class Native(abc.ABC):
+    """Something with memory outside Python's heap, closed once; it may sleep meanwhile."""
 
+    @property
+    def measured(self) -> int | None:
+        """Bytes that it takes as measured elsewhere, alone; None where nobody has."""
+        return None
+
+    @property
+    def source(self) -> str:
+        """What it was loaded from, for people; empty where there is no choice."""
+        return ""
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of a file that it maps: clean pages, which other processes share."""
+        return 0
+
+    @abc.abstractmethod
     def close(self) -> Sequence[Remains]:
         """Free it; what is still referenced by somebody comes back."""
 
+    @abc.abstractmethod
     def leak(self) -> None:
         """After a fork, in the child: make sure it is never freed."""
+
+    def sleep(self) -> Sequence[Remains]:
+        """Free it for now; what is still referenced by somebody comes back."""
+        return ()
+
+    def wake(self, token: CancelToken) -> None:  # noqa: B027 - not everything sleeps
+        """Load it again, if it is asleep."""
 
 
 class Activity:
@@ -108,8 +133,11 @@ class _Entry:
     waiting: list[threading.Event] = dataclasses.field(default_factory=list)
     value: Native | None = None
     owners: int = 0
+    awake: int = 0
     charge: int = 0
     quiet: bool = False
+    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    """Held while it goes to sleep or wakes."""
 
     def loaded(self) -> None:
         """Wake who waits for the load; it has ended, well or not."""
@@ -127,12 +155,19 @@ class Holding:
         anonymous: Bytes of anonymous memory that its load took.
         quiet: Whether that was measured while nothing else went on.
         owners: How many pipelines own it.
+        source: What it was loaded from: ``original`` or ``prepared``; empty for a tokenizer.
+        mapped: Bytes of a prepared file that it maps: clean pages, which all processes that map
+            them share, and which the system takes back by itself.
+        asleep: Whether it is freed for now.
     """
 
     kind: str
     anonymous: int
     quiet: bool
     owners: int
+    source: str
+    mapped: int
+    asleep: bool
 
 
 class Lease(Generic[NativeT_co]):
@@ -142,6 +177,12 @@ class Lease(Generic[NativeT_co]):
         self._ledger = ledger
         self._entry: _Entry | None = entry
         self._value: NativeT_co | None = value
+        self._asleep = False
+
+    @property
+    def kind(self) -> str:
+        """What it is, for people; empty once released."""
+        return self._entry.kind if self._entry is not None else ""
 
     @property
     def value(self) -> NativeT_co | None:
@@ -152,25 +193,55 @@ class Lease(Generic[NativeT_co]):
     def charge(self) -> int:
         """Bytes that releasing this gives back: none while others own it too."""
         entry = self._entry
-        return entry.charge if entry is not None and entry.owners == 1 else 0
+        if entry is None or self._asleep:
+            return 0
+        return entry.charge if entry.awake == 1 else 0
 
     @property
     def holding(self) -> Holding | None:
         """What it is and takes; None once released."""
         entry = self._entry
-        if entry is None:
+        value = self._value
+        if entry is None or value is None:
             return None
-        return Holding(entry.kind, entry.charge, entry.quiet, entry.owners)
+        return Holding(
+            entry.kind,
+            entry.charge,
+            entry.quiet,
+            entry.owners,
+            value.source,
+            value.mapped,
+            entry.awake == 0,
+        )
 
     def shared_with(self) -> int:
         """How many other owners there are."""
         entry = self._entry
         return entry.owners - 1 if entry is not None else 0
 
+    def sleep(self) -> Sequence[Remains]:
+        """Have no use of it for now; once no owner has, it is freed until one wakes it."""
+        entry = self._entry
+        if entry is None or self._asleep:
+            return ()
+        self._asleep = True
+        return self._ledger.rest(entry)
+
+    def wake(self, token: CancelToken) -> None:
+        """Have use of it again.
+
+        Raises:
+            EbbtideError: It could not be loaded again; it stays asleep.
+        """
+        entry = self._entry
+        if entry is not None and self._asleep:
+            self._ledger.rouse(entry, token)
+            self._asleep = False
+
     def release(self) -> Sequence[Remains]:
         """Give it up; the last owner closes the thing."""
         entry, self._entry, self._value = self._entry, None, None
-        return () if entry is None else self._ledger.give_up(entry)
+        return () if entry is None else self._ledger.give_up(entry, awake=not self._asleep)
 
     def leak(self) -> None:
         """After a fork, in the child: see `Native.leak`."""
@@ -221,11 +292,13 @@ class Ledger:
                     entry = self._entries[key] = _Entry(key, kind)
                 elif entry.value is not None:
                     entry.owners += 1
-                    return Lease(self, entry, entry.value)  # type: ignore[arg-type]
                 else:
                     entry.waiting.append(loaded)
+                value = entry.value
             if first:
                 return self._load(entry, load)
+            if value is not None:
+                return self._join(entry, value, token)  # type: ignore[arg-type]
             token.attach(loaded.set)
             loaded.wait()
             token.detach(loaded.set)
@@ -241,27 +314,76 @@ class Ledger:
             entry.loaded()
             raise
         allocator.trim()  # a load frees much of what it takes: 445 MB fell to 326, all weights
-        change, entry.quiet = window.close()
-        entry.charge = max(0, change)
-        if entry.quiet:
-            self._quiet_charges[entry.key] = entry.charge
-        else:
-            entry.charge = self._quiet_charges.get(entry.key, entry.charge)
+        self._charge(entry, value, window)
         with self._lock:
             entry.value = value
-            entry.owners = 1
+            entry.owners = entry.awake = 1
         entry.loaded()
         return Lease(self, entry, value)
 
-    def give_up(self, entry: _Entry) -> Sequence[Remains]:
+    def _join(self, entry: _Entry, value: NativeT, token: CancelToken) -> Lease[NativeT]:
+        try:
+            self.rouse(entry, token)
+        except BaseException:
+            self.give_up(entry, awake=False)
+            raise
+        return Lease(self, entry, value)
+
+    def _charge(self, entry: _Entry, value: Native, window: Window) -> None:
+        """Charge a thing for what its load took, or for what it takes where that was measured."""
+        change, entry.quiet = window.close()
+        entry.charge = max(0, change)
+        key = (entry.key, value.source)
+        if entry.quiet:
+            self._quiet_charges[key] = entry.charge
+        else:
+            known = self._quiet_charges.get(key, value.measured)
+            entry.charge = entry.charge if known is None else known
+
+    def rest(self, entry: _Entry) -> Sequence[Remains]:
+        """One less has use of a thing; the last frees it for now. Called by leases only."""
+        with entry.turn:
+            entry.awake -= 1
+            value = entry.value
+            if entry.awake or value is None:
+                return ()
+            entry.charge = 0
+            return value.sleep()
+
+    def rouse(self, entry: _Entry, token: CancelToken) -> None:
+        """One more has use of a thing; the first loads it again. Called by leases only."""
+        with entry.turn:
+            value = entry.value
+            if not entry.awake and value is not None:
+                window = self._activity.begin().measure()
+                try:
+                    value.wake(token)
+                except BaseException:
+                    self._activity.end(window)
+                    raise
+                allocator.trim()
+                self._charge(entry, value, window)
+            entry.awake += 1
+
+    def moved(self, value: Native) -> None:
+        """Charge a thing anew that now is loaded from elsewhere, by what was measured there."""
+        with self._lock:
+            entries = [one for one in self._entries.values() if one.value is value]
+        for entry in entries:
+            if entry.awake and value.measured is not None:
+                entry.charge, entry.quiet = value.measured, True
+
+    def give_up(self, entry: _Entry, *, awake: bool) -> Sequence[Remains]:
         """One owner less; called by leases only."""
         with self._lock:
             entry.owners -= 1
-            if entry.owners:
-                return ()
-            del self._entries[entry.key]
-            value, entry.value = entry.value, None
-        return value.close() if value is not None else ()
+            value = entry.value
+            if not entry.owners:
+                del self._entries[entry.key]
+                entry.value = None
+        if not entry.owners:
+            return value.close() if value is not None else ()
+        return self.rest(entry) if awake else ()
 
 
 activity = Activity()

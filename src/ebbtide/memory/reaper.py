@@ -16,22 +16,23 @@ import time
 import traceback
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ebbtide.cancellation import EbbtideThread, OneShot, own_thread
 from ebbtide.errors import DisposalError
 from ebbtide.lifecycle import (
-    DisposalReceipt,
     Lifecycle,
     Remains,
     Request,
+    SleepRequest,
     State,
     on_fork,
     pinned,
 )
 from ebbtide.memory.allocator import allocator
-from ebbtide.memory.ledger import activity
+from ebbtide.memory.ledger import Window, activity
 from ebbtide.memory.probe import anonymous_bytes
+from ebbtide.receipts import DisposalReceipt
 
 GRACE = 10.0
 """Seconds that cancelled calls get to end, before their pipeline's receipt says they have not."""
@@ -60,6 +61,9 @@ class _Released:
     reasons: list[str]
 
 
+_Message = Request | SleepRequest | Lifecycle | Callable[[], None]
+
+
 class Reaper:
     """Disposes lifecycles, one batch after another, on a thread of its own.
 
@@ -73,9 +77,8 @@ class Reaper:
 
     def forget(self) -> None:
         """In a forked child: no thread, no wishes."""
-        self._queue: queue.SimpleQueue[Request | Lifecycle | Callable[[], None]] = (
-            queue.SimpleQueue()
-        )
+        self._queue: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._drowsy: list[SleepRequest] = []
         self._draining: dict[Lifecycle, _Draining] = {}
         self._thread: threading.Thread | None = None
 
@@ -86,7 +89,7 @@ class Reaper:
             self._thread = thread
             thread.start()
 
-    def request(self, request: Request) -> None:
+    def request(self, request: Request | SleepRequest) -> None:
         """Take a wish; return at once. Safe in finalizers and signal handlers."""
         self._queue.put(request)
 
@@ -125,9 +128,9 @@ class Reaper:
 
     def _patience(self) -> float | None:
         """Seconds until the next deadline, or None where there is none."""
-        if not self._draining:
-            return None
-        return max(0.0, min(one.deadline for one in self._draining.values()) - self._clock())
+        deadlines = [one.deadline for one in self._draining.values()]
+        deadlines += [one.wish.deadline for one in self._drowsy]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
     def _step(self, patience: float | None) -> None:
         try:
@@ -158,8 +161,53 @@ class Reaper:
                 for life in ready:
                     if life.receipt is None:  # what else failed, nobody waits for ever
                         life.finish(_unmeasured(life), state=State.DISPOSED)
+        drowsy, self._drowsy = self._drowsy, []
+        for request in drowsy:
+            self._have_sleep(request, now)
 
-    def _hear(self, message: Request | Lifecycle | Callable[[], None]) -> None:
+    def _have_sleep(self, request: SleepRequest, now: float) -> None:
+        """Have a pipeline sleep if no call of it runs; else wait for that, or give up."""
+        life, receipt = request.wish.lifecycle, None
+        life.drowsy = True  # from here on a call that comes in waits for its turn
+        try:
+            if not life.takes_calls:
+                request.answer.give(None)
+            elif life.turn.acquire(blocking=False):
+                try:
+                    if not life.running:
+                        receipt = self._send_to_sleep(request)
+                finally:
+                    life.turn.release()
+            if receipt is not None:
+                request.answer.give(receipt)
+            elif life.takes_calls:
+                if now < request.wish.deadline:
+                    self._drowsy.append(request)
+                else:
+                    request.answer.give(_still_awake(life))
+        except BaseException:
+            request.answer.give(_unmeasured(life))  # whatever failed, nobody waits for ever
+            raise
+        finally:
+            life.drowsy = any(one.wish.lifecycle is life for one in self._drowsy)
+
+    def _send_to_sleep(self, request: SleepRequest) -> DisposalReceipt:
+        started = time.perf_counter()
+        life = request.wish.lifecycle
+        window = activity.begin().measure()
+        life.state = State.SLEEPING
+        with allocator.shrinking():
+            released = _release(life, deep=request.deep)
+        change, quiet, method = _give_back([released], window, collect=request.wish.collect)
+        return _receipt(
+            released,
+            -change,
+            quiet=quiet,
+            duration=time.perf_counter() - started,
+            method=method,
+        )
+
+    def _hear(self, message: _Message) -> None:
         if isinstance(message, Request):
             life = message.lifecycle
             if message.forgotten:
@@ -173,6 +221,8 @@ class Reaper:
                 known.collect = known.collect and message.collect
                 if not known.cancelled:
                     known.deadline = min(known.deadline, message.deadline)
+        elif isinstance(message, SleepRequest):
+            self._drowsy.append(message)
         elif isinstance(message, Lifecycle):
             pass  # it woke us, and is looked at with the others
         else:
@@ -184,18 +234,8 @@ class Reaper:
         order = sorted(batch, key=lambda life: life.charged, reverse=True)
         with allocator.shrinking():
             outcome = {life: _release(life) for life in order}
-        method = allocator.trim()
-        released = -(window.change() or 0)
-        retained = sum(one.charged for one in outcome.values()) - released
-        remains = [left for one in outcome.values() for left in one.remains]
-        tolerated = _tolerance(sum(one.charged for one in outcome.values()))
         may_collect = all(one.collect for one in batch.values())
-        if may_collect and (retained > tolerated or pinned(remains)):
-            gc.collect()
-            pinned(remains)  # what the collection let go is freed here, before the trim
-            allocator.trim()
-            method += ", gc.collect"
-        change, quiet = window.close()
+        change, quiet, method = _give_back(outcome.values(), window, collect=may_collect)
         for life, one in outcome.items():
             alone = quiet and len(batch) == 1
             receipt = _receipt(
@@ -213,25 +253,55 @@ class Reaper:
             life.finish(receipt, state=state, error=error)
 
 
-def _release(life: Lifecycle) -> _Released:
-    """Release everything one pipeline owns, whatever fails on the way."""
-    result = _Released(life.charged, [], [], [])
+def _give_back(
+    outcomes: Collection[_Released], window: Window, *, collect: bool
+) -> tuple[int, bool, str]:
+    """Give what was freed back to the system: the process's change, whether quiet, and how."""
+    method = allocator.trim()
+    released = -(window.change() or 0)
+    charged = sum(one.charged for one in outcomes)
+    remains = [left for one in outcomes for left in one.remains]
+    if collect and (charged - released > _tolerance(charged) or pinned(remains)):
+        gc.collect()
+        pinned(remains)  # what the collection let go is freed here, before the trim
+        allocator.trim()
+        method += ", gc.collect"
+    change, quiet = window.close()
+    return change, quiet, method
+
+
+def _release(life: Lifecycle, *, deep: bool | None = None) -> _Released:
+    """Release everything one pipeline owns, whatever fails on the way.
+
+    Args:
+        life: Whose.
+        deep: For a sleep, whether its tokenizer sleeps too; None to release all for good.
+    """
+    resources = tuple(life.resources)
+    if deep is not None:
+        resources = tuple(one for one in resources if deep or one.kind == "session")
+    result = _Released(life.working + sum(one.charge for one in resources), [], [], [])
     if life.running:
         result.reasons.append(
             f"{len(life.running)} cancelled calls had not ended after {GRACE:.0f} s;"
             " what they hold is freed as they do"
         )
     shared = 0
-    while life.resources:
-        resource = life.resources.pop()
+    for resource in reversed(resources):
         shared = max(shared, resource.shared_with())
         try:
-            result.remains += resource.release()
+            if deep is None:
+                life.resources.remove(resource)
+                result.remains += resource.release()
+            else:
+                result.remains += resource.sleep()
         except Exception as error:  # one failing release must not stop the others
             error.__traceback__ = None
             result.errors.append(error)
     if shared:
         result.reasons.append(f"shared with {shared}")
+    if deep is False:
+        result.reasons.append("asleep: its tokenizer stays")
     life.working = 0
     return result
 
@@ -272,6 +342,19 @@ def _unmeasured(life: Lifecycle) -> DisposalReceipt:
         duration=0.0,
         method="none",
         reasons=("the disposal itself failed; the error was reported on the reaper's thread",),
+    )
+
+
+def _still_awake(life: Lifecycle) -> DisposalReceipt:
+    return DisposalReceipt(
+        charged=life.charged,
+        released=0,
+        retained=life.charged,
+        quiet=False,
+        verified=False,
+        duration=0.0,
+        method="none",
+        reasons=(f"{len(life.running)} calls were running all the time: it stays awake",),
     )
 
 

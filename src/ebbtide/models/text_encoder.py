@@ -6,23 +6,23 @@ One driver for every architecture: what is fed is led by what the session takes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide import runtime
+from ebbtide._settings import Prepare
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
-from ebbtide.memory.ledger import Lease, ledger
+from ebbtide.memory.ledger import Lease
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import ByFile, ExternalData, OnnxFile, choose
 from ebbtide.models.tokenizer import TOKENIZER_FILES, Batch, Tokenizer
-from ebbtide.runtime import Session, SessionOptions, TensorInfo, devices, dtypes
+from ebbtide.runtime import GraphSession, SessionOptions, TensorInfo, Waiting, devices, dtypes
 
 _FED: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
@@ -44,6 +44,7 @@ class LoadOptions:
     model_file_name: str | None = None
     use_external_data_format: ExternalData = None
     session_options: SessionOptions = dataclasses.field(default_factory=SessionOptions)
+    prepare: Prepare | None = None
 
     def device_of(self, stem: str, config: ModelConfig) -> str:
         """Where one file of the model is to run.
@@ -83,7 +84,7 @@ class TextEncoder:
         name: str,
         config: ModelConfig,
         tokenizer: Tokenizer,
-        session: Lease[Session],
+        session: Lease[GraphSession],
         outputs: Outputs,
         dtype: str,
         label: str,
@@ -112,6 +113,7 @@ class TextEncoder:
         extra_files: Sequence[str],
         lifecycle: Lifecycle,
         token: CancelToken,
+        told: Callable[[Waiting], object] = lambda status: None,
     ) -> TextEncoder:
         """Load a model; what is loaded belongs to ``lifecycle`` at once, so that it is never lost.
 
@@ -122,6 +124,7 @@ class TextEncoder:
             extra_files: What else the task will read, so that all is downloaded together.
             lifecycle: The owner.
             token: The way to stop the load.
+            told: Called with ``preparing`` and ``prepared`` where the load waits for that.
 
         Raises:
             ModelNotFoundError: A file is missing.
@@ -137,10 +140,17 @@ class TextEncoder:
         tokenizer = Tokenizer.load(files, config, token)
         lifecycle.own(tokenizer.lease)
         token.check()
-        for part in file.parts:
-            files.find(part)
+        parts = [found for part in file.parts if (found := files.find(part)) is not None]
         path = files.need(file.name, "it was there a moment ago.")
-        session = _session(path, device, options.session_options, token)
+        session = runtime.acquire(
+            path,
+            device,
+            options.session_options,
+            token,
+            size=sum(one.stat().st_size for one in (path, *parts)),
+            wanted=options.prepare,
+            told=told,
+        )
         lifecycle.own(session)
         assert session.value is not None
         _check_inputs(session.value.inputs, files.name)
@@ -188,20 +198,6 @@ class TextEncoder:
             raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
         feeds = {one.name: _feed(one, batch) for one in self._inputs}
         return session.run(feeds, self._outputs, token)
-
-
-def _session(
-    path: Path, device: str, options: SessionOptions, token: CancelToken
-) -> Lease[Session]:
-    stat = path.stat()
-    identity = (
-        str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
-    )  # fmt: skip
-
-    def load() -> Session:
-        return runtime.open_session(path, device, options, token)
-
-    return ledger.acquire((identity, device, options), "session", load, token)
 
 
 def _check_inputs(inputs: Sequence[TensorInfo], model: str) -> None:

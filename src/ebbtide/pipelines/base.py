@@ -12,7 +12,7 @@ import numpy as np
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import unknown_option
 from ebbtide.hub import ModelFiles
-from ebbtide.lifecycle import Disposable, Lifecycle, State
+from ebbtide.lifecycle import Disposable, Lifecycle
 from ebbtide.memory.ledger import Holding, Lease, activity
 from ebbtide.models.text_encoder import Outputs, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
@@ -45,6 +45,8 @@ class PipelineMemory:
         """One line for a person, in MB of 1,000,000 bytes."""
         parts = ", ".join(
             f"{one.kind} {one.anonymous / 1e6:.1f} MB"
+            + (" asleep" if one.asleep else "")
+            + (f" and {one.mapped / 1e6:.1f} MB mapped" if one.mapped else "")
             + (f" shared by {one.owners}" if one.owners > 1 else "")
             for one in self.holdings
         )
@@ -109,11 +111,27 @@ class Pipeline(Disposable):
             holdings=tuple(holdings),
         )
 
+    def wake(self) -> None:
+        """Load again what `sleep` freed, so that the next call need not.
+
+        Raises:
+            PipelineDisposedError: It is disposed, or about to be.
+            LoadError: The model is not there any more, or another one. The pipeline sleeps on.
+        """
+        self._submit(lambda token: None).wait()
+
+    async def awake(self) -> None:
+        """The same as `wake`, on an event loop."""
+        await self._submit(lambda token: None).result()
+
     def __repr__(self) -> str:
         about = f"{type(self).__name__} {self.model!r} {self.state.value}"
-        if self.state is State.READY:
-            size = self.memory.anonymous / 1e6
-            about += f" on {self.device} in {self.dtype}, {size:.1f} MB"
+        if self._lifecycle.takes_calls:
+            memory = self.memory
+            source = next((one.source for one in memory.holdings if one.source), "")
+            size = f"{memory.anonymous / 1e6:.1f} MB"
+            about += f" on {self.device} in {self.dtype}, {size}"
+            about += f" ({source})" if source else ""
         return f"<{about}>"
 
     @classmethod
@@ -184,6 +202,7 @@ def _charged(
     work: Callable[[CancelToken], ResultT], token: CancelToken, lifecycle: Lifecycle
 ) -> ResultT:
     """Run a call, and charge its pipeline for what it adds to the process: two reads of 10 us."""
+    lifecycle.wake(token)
     window = activity.begin().measure()
     size = 0
     try:

@@ -1,8 +1,9 @@
-"""One graph in memory: the Session protocol, ONNX Runtime behind it, devices, dtypes, threads.
+"""One graph in memory: ONNX Runtime behind a protocol, the prepared store, devices, threads.
 
 Only this room imports onnxruntime.
 """
 
+from ebbtide.runtime.graph import GraphSession, Waiting, acquire
 from ebbtide.runtime.session import (
     OnnxSession,
     Session,
@@ -16,11 +17,14 @@ from ebbtide.runtime.session import (
 from ebbtide.runtime.threads import Job, cpu_count, native_threads
 
 __all__ = [
+    "GraphSession",
     "Job",
     "OnnxSession",
     "Session",
     "SessionOptions",
     "TensorInfo",
+    "Waiting",
+    "acquire",
     "cpu_count",
     "native_threads",
     "open_session",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.lifecycle import Remains
+from ebbtide.memory.ledger import Native
 from ebbtide.runtime.devices import Device
 from ebbtide.runtime.session import TensorInfo
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class FakeSession:
+class FakeSession(Native):
     """Runs a Python function in place of a graph, and counts.
 
     Args:

@@ -35,6 +35,7 @@ from ebbtide.errors import (
 from ebbtide.lifecycle import Remains, on_fork
 from ebbtide.memory.allocator import allocator
 from ebbtide.memory.pins import leak, let_go
+from ebbtide.memory.probe import anonymous_bytes
 from ebbtide.runtime import devices
 from ebbtide.runtime.threads import cpu_count
 
@@ -218,6 +219,8 @@ def _onnxruntime() -> Any:
         import onnxruntime
 
     _fill_numpy_cache()
+    if _shared_threads():
+        onnxruntime.set_global_thread_pool_sizes(settings.threads or cpu_count(), 1)
     options = _native_options(onnxruntime, SessionOptions(threads=1))
     session = onnxruntime.InferenceSession(
         _SMALLEST_MODEL, options, providers=["CPUExecutionProvider"]
@@ -227,6 +230,12 @@ def _onnxruntime() -> Any:
     del session
     allocator.trim()
     return onnxruntime
+
+
+@functools.cache
+def _shared_threads() -> bool:
+    """Whether sessions share one pool of threads; decided once, at the first of them."""
+    return settings.shared_threads
 
 
 @contextlib.contextmanager
@@ -331,8 +340,11 @@ def version() -> str:
 def _native_options(onnxruntime: Any, options: SessionOptions) -> Any:
     native = onnxruntime.SessionOptions()
     native.log_severity_level = 4  # what goes wrong is raised, and not printed as well
-    native.intra_op_num_threads = options.threads or settings.threads or cpu_count()
-    native.inter_op_num_threads = 1
+    if _shared_threads():
+        native.use_per_session_threads = False
+    else:
+        native.intra_op_num_threads = options.threads or settings.threads or cpu_count()
+        native.inter_op_num_threads = 1
     native.enable_cpu_mem_arena = options.arena
     native.enable_mem_pattern = options.arena
     level = _OPTIMIZATION[options.optimization]
@@ -374,7 +386,13 @@ def _open_on(
     onnxruntime = _onnxruntime()
     if not path.is_file():
         raise LoadError(f"There is no file {path}.", path=str(path))
-    native_options = _native_options(onnxruntime, options)
+    return _made(path, device, _native_options(onnxruntime, options), token)
+
+
+def _made(
+    path: Path, device: devices.Device, native_options: Any, token: CancelToken
+) -> OnnxSession:
+    onnxruntime = _onnxruntime()
     chosen: list[Any] = ["CPUExecutionProvider"]
     if device.name != "cpu":
         provider_options = {} if device.name == "coreml" else {"device_id": str(device.index)}
@@ -409,6 +427,108 @@ def _open_on(
             "ONNX Runtime could not start it (its libraries or its driver are missing)",
         )
     return OnnxSession(native, path, device)
+
+
+def open_prepared(path: Path, options: SessionOptions, token: CancelToken) -> OnnxSession:
+    """Load a graph that `write_prepared` wrote: it is run as it is, and its weights are mapped.
+
+    Args:
+        path: The graph; its data is beside it.
+        options: How to run it; equal to those it was written for, but for threads and arena.
+        token: Stops the load from another thread.
+
+    Raises:
+        LoadError: It cannot be loaded.
+        PipelineCancelledError: The token was cancelled.
+    """
+    native_options = _native_options(
+        _onnxruntime(), dataclasses.replace(options, optimization="none")
+    )
+    return _made(path, devices.Device("cpu"), native_options, token)
+
+
+def write_prepared(source: Path, target: Path, options: SessionOptions) -> int:
+    """Write a graph as it is once loaded: optimised, its weights packed and in a file beside it.
+
+    What was written is read back and run beside the original. Made for a process that does nothing
+    else, whose memory it measures.
+
+    Args:
+        source: The original.
+        target: The graph to write; its data gets the same name and ``.data``.
+        options: How it will be run.
+
+    Returns:
+        Bytes of anonymous memory that the written one takes, loaded and after a run.
+
+    Raises:
+        LoadError: The original, or what was written, cannot be loaded.
+        RunError: What was written gives other answers than the original.
+    """
+    token = CancelToken("preparing a model")
+    native_options = _native_options(_onnxruntime(), options)
+    native_options.optimized_model_filepath = str(target)
+    for key, value in (
+        ("optimized_model_external_initializers_file_name", f"{target.name}.data"),
+        ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("save_external_prepacked_constant_initializers", "1"),
+    ):
+        native_options.add_session_config_entry(f"session.{key}", value)
+    original = _made(source, devices.Device("cpu"), native_options, token)
+    expected = _reference_run(original, token)
+    original.close()
+    allocator.trim()
+    before = anonymous_bytes()
+    written = open_prepared(target, options, token)
+    found = _reference_run(written, token)
+    allocator.trim()
+    taken = anonymous_bytes() - before
+    for info in original.outputs if expected and found else ():
+        if not _agree(expected[info.name], found[info.name]):
+            raise RunError(f"its prepared copy gave another {info.name} than the original.")
+    if bool(expected) != bool(found):
+        raise RunError("its prepared copy cannot be run as the original can.")
+    written.close()
+    return max(0, taken)
+
+
+def _reference_run(session: OnnxSession, token: CancelToken) -> dict[str, Array]:
+    """What a graph gives for some feeds that its inputs allow; nothing where they do not."""
+    import numpy as np
+
+    feeds = {}
+    for info in session.inputs:
+        shape = [_extent(one) for one in info.shape]
+        try:
+            dtype = np.dtype(info.dtype)
+        except TypeError:
+            return {}
+        feeds[info.name] = (np.zeros if dtype.kind in "bf" else np.ones)(shape, dtype)
+    names = [one.name for one in session.outputs]
+    try:
+        return dict(zip(names, session.run(feeds, names, token), strict=True))
+    except RunError:
+        return {}
+
+
+def _extent(dimension: int | str | None) -> int:
+    """A size for a dimension: one sequence of eight, with nothing before it."""
+    if isinstance(dimension, int):
+        return dimension
+    if dimension is not None and "+" in dimension:
+        return sum(_extent(one.strip()) for one in dimension.split("+"))
+    name = (dimension or "").lower()
+    return 0 if "past" in name else 8 if "seq" in name or "len" in name else 1
+
+
+def _agree(one: Array, other: Array) -> bool:
+    import numpy as np
+
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.kind != "f":
+        return bool(np.array_equal(one, other))
+    return bool(np.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True))
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,7 +19,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import CancelToken, EbbtideThread, OneShot, own_thread, patiently
+from ebbtide.cancellation import (
+    CancelToken,
+    EbbtideThread,
+    OneShot,
+    call_all,
+    own_thread,
+    patiently,
+)
 from ebbtide.lifecycle import on_fork
 from ebbtide.memory import cgroup
 from ebbtide.memory.allocator import allocator
@@ -85,21 +92,13 @@ class Job(Generic[ResultT]):
             own_thread.tokens = outer
             leave()
             self._done = True
-            self._tell()
+            call_all(self._waiters)
 
     def on_done(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called when the job has ended; at once if it has."""
         self._waiters.append(callback)
         if self._done:
-            self._tell()
-
-    def _tell(self) -> None:
-        while True:
-            try:
-                callback = self._waiters.pop()
-            except IndexError:
-                return
-            callback()
+            call_all(self._waiters)
 
     def wait(self) -> ResultT:
         """The result, or the job's error, once it has ended.

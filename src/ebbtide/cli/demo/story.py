@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import ebbtide
 from ebbtide import runtime
 from ebbtide.cli.demo.minilm import NAME
-from ebbtide.lifecycle import DisposalReceipt
 from ebbtide.memory import anonymous_bytes, reclaim
+from ebbtide.receipts import DisposalReceipt
 
 QUESTIONS: Final = (
     "What is it like to be homesick for the ocean?",

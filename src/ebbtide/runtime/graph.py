@@ -1,0 +1,302 @@
+"""A graph as pipelines own it: from the original or from its prepared copy, awake or asleep."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ebbtide._settings import Prepare, settings
+from ebbtide.cancellation import CancelToken
+from ebbtide.errors import (
+    EbbtideError,
+    LoadError,
+    PipelineCancelledError,
+    PipelineDisposedError,
+)
+from ebbtide.lifecycle import Remains
+from ebbtide.memory.allocator import allocator
+from ebbtide.memory.ledger import Lease, Native, activity, ledger
+from ebbtide.memory.reaper import reaper
+from ebbtide.runtime import devices, prepare
+from ebbtide.runtime.session import (
+    OnnxSession,
+    SessionOptions,
+    TensorInfo,
+    open_prepared,
+    open_session,
+    providers,
+    version,
+)
+from ebbtide.runtime.store import DATA, Held
+from ebbtide.runtime.threads import native_threads
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Waiting = Literal["preparing", "prepared"]
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Use:
+    """One native session, and the runs that are on it."""
+
+    session: OnnxSession
+    held: Held | None
+    running: int = 0
+    retired: bool = False
+
+    def close(self) -> Sequence[Remains]:
+        with allocator.shrinking():
+            remains = self.session.close()
+        if self.held is not None:
+            self.held.close()
+        return remains
+
+
+class GraphSession(Native):
+    """One graph that can be run; a `Session`, whose native one may change under it.
+
+    Everything here is called on threads of Ebbtide's own, so it may take a lock.
+
+    Args:
+        path: The original ONNX file.
+        device: Where to run it, as the user names it.
+        options: How to run it.
+        token: Stops the load from another thread.
+    """
+
+    def __init__(
+        self, path: Path, device: str, options: SessionOptions, token: CancelToken
+    ) -> None:
+        self.path = path
+        self.options = options
+        self._device_name = device
+        self._lock = threading.Lock()
+        self._closed = False
+        self._use: _Use | None = self._open(token)
+        session = self._use.session
+        self.device: devices.Device = session.device
+        self.inputs: tuple[TensorInfo, ...] = session.inputs
+        self.outputs: tuple[TensorInfo, ...] = session.outputs
+
+    @property
+    def native(self) -> OnnxSession | None:
+        """The native session of this moment; None while asleep, and once closed."""
+        use = self._use
+        return use.session if use is not None else None
+
+    @property
+    def source(self) -> Literal["original", "prepared", ""]:
+        """What it runs from; empty while asleep."""
+        use = self._use
+        return "" if use is None else "original" if use.held is None else "prepared"
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of the file that is mapped: clean pages, shared by all processes that map it."""
+        use = self._use
+        if use is None or use.held is None:
+            return 0
+        return use.held.manifest.files.get(DATA, (0, ""))[0]
+
+    @property
+    def measured(self) -> int | None:
+        """Its anonymous bytes as they were measured alone, by the process that prepared it."""
+        use = self._use
+        return use.held.manifest.anonymous if use is not None and use.held is not None else None
+
+    def _open(self, token: CancelToken) -> _Use:
+        held = self._prepared()
+        if held is not None:
+            try:
+                return _Use(open_prepared(held.graph, self.options, token), held)
+            except PipelineCancelledError:
+                held.close()
+                raise
+            except EbbtideError as error:
+                held.close()
+                prepare.store().discard(held.manifest.key, str(error))
+        return _Use(open_session(self.path, self._device_name, self.options, token), None)
+
+    def _prepared(self) -> Held | None:
+        """The prepared copy, if there is one and this is a graph it may be used for."""
+        if not _on_cpu(self._device_name):
+            return None
+        here = prepare.store()
+        with contextlib.suppress(OSError):
+            found = here.key(
+                self.path,
+                onnxruntime=version(),
+                options=prepare.shape_of(self.options),
+                compute=False,
+            )
+            if found is not None:
+                return here.hold(found[0], version())
+        return None
+
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
+    ) -> list[NDArray[Any]]:
+        """Run it once; see `Session.run`. One that is asleep wakes."""
+        with self._lock:
+            if self._closed:
+                raise PipelineDisposedError(f"{token.label} was disposed.", pipeline=token.label)
+            if self._use is None:
+                self._use = self._open(token)
+            use = self._use
+            use.running += 1
+        try:
+            return use.session.run(feeds, outputs, token)
+        finally:
+            with self._lock:
+                use.running -= 1
+                last = use.retired and not use.running
+            if last:
+                use.close()
+                reaper.later(_trim)
+
+    def move(self) -> bool:
+        """Go over to the prepared copy; runs under way end on the original. Whether it did."""
+        with self._lock:
+            if self._closed or self._use is None or self._use.held is not None:
+                return False
+            new = self._open(CancelToken(str(self.path)))
+            if new.held is None:
+                new.close()
+                return False
+            old, self._use = self._use, new
+            old.retired = True
+            idle = not old.running
+        if idle:
+            old.close()
+        return True
+
+    def sleep(self) -> Sequence[Remains]:
+        """Free the native session; called when no run is on it."""
+        with self._lock:
+            use, self._use = self._use, None
+        return () if use is None else use.close()
+
+    def wake(self, token: CancelToken) -> None:
+        """Load it again, from the prepared copy if there is one."""
+        with self._lock:
+            if self._use is None and not self._closed:
+                self._use = self._open(token)
+
+    def close(self) -> Sequence[Remains]:
+        """Free it, whatever runs on it."""
+        with self._lock:
+            self._closed = True
+            use, self._use = self._use, None
+        return () if use is None else use.close()
+
+    def leak(self) -> None:
+        """After a fork, in the child: make sure it is never freed."""
+        use = self._use
+        if use is not None:
+            use.session.leak()
+
+
+def acquire(
+    path: Path,
+    device: str,
+    options: SessionOptions,
+    token: CancelToken,
+    *,
+    size: int,
+    wanted: Prepare | None = None,
+    told: Callable[[Waiting], object] = lambda status: None,
+) -> Lease[GraphSession]:
+    """Own the session of a graph: the one that is alive for equal arguments, or a new one.
+
+    Args:
+        path: The ONNX file; external data is found beside it.
+        device: Where to run it.
+        options: How to run it.
+        token: Stops the load from another thread.
+        size: Bytes of the graph and its data.
+        wanted: What to do where there is no prepared copy; None for ``settings.prepare``.
+        told: Called with ``preparing`` and ``prepared`` where the load waits for a copy.
+
+    Raises:
+        LoadError: The file is not a graph that ONNX Runtime can load.
+        DeviceNotAvailableError: The device cannot be used here.
+        PipelineCancelledError: The token was cancelled.
+    """
+    stat = path.stat()
+    identity = (
+        str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
+    )  # fmt: skip
+    wanted = wanted or settings.prepare
+    if wanted == "now" and _on_cpu(device):
+        _prepare_first(path, options, token, told)
+
+    def load() -> GraphSession:
+        return GraphSession(path, device, options, token)
+
+    lease = ledger.acquire((identity, device, options), "session", load, token)
+    session = lease.value
+    assert session is not None
+    if session.source == "original" and _on_cpu(device):
+        if wanted == "now":
+            session.move()  # it was alive before its copy was there
+            ledger.moved(session)
+        elif wanted == "background" and size >= prepare.SMALLEST:
+            reference = weakref.ref(session)
+            prepare.background.wish(path, options, size, lambda: _move(reference))
+    return lease
+
+
+def _prepare_first(
+    path: Path,
+    options: SessionOptions,
+    token: CancelToken,
+    told: Callable[[Waiting], object],
+) -> None:
+    """Have a prepared copy before the load, if that can be."""
+    here = prepare.store()
+    try:
+        found = here.key(
+            path, onnxruntime=version(), options=prepare.shape_of(options), compute=True
+        )
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}.", path=str(path)) from None
+    if found is None or here.has(found[0]):
+        return
+    told("preparing")
+    if prepare.prepare(path, options, token) is not None:
+        told("prepared")
+
+
+def _move(reference: weakref.ref[GraphSession]) -> None:
+    """Have a session go over to its prepared copy, on a native thread."""
+    if not settings.move_to_prepared:
+        return
+
+    def work() -> None:
+        session = reference()
+        if session is None:
+            return
+        window = activity.begin()
+        try:
+            if session.move():
+                allocator.trim()
+                ledger.moved(session)
+        finally:
+            activity.end(window)
+
+    native_threads.submit(work, CancelToken("moving to a prepared copy"), lambda: None).wait()
+
+
+def _trim() -> None:
+    allocator.trim()
+
+
+def _on_cpu(device: str) -> bool:
+    """Whether it is the CPU that runs a graph there, whose form of weights a copy holds."""
+    return devices.candidates(device, providers())[0].name == "cpu"

@@ -1,0 +1,332 @@
+"""Making prepared copies: in a process of its own, for the one that asked.
+
+`python -m ebbtide.runtime.prepare` reads one request from its standard input, makes the copy, and
+writes one line with the outcome. It ends when its input does, so that it never outlives who asked.
+There the original is loaded with the weights packed and written out; the result is read back, run
+beside the original, measured alone and hashed before it becomes an entry of the store.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from ebbtide._settings import settings
+from ebbtide.cancellation import CancelToken
+from ebbtide.errors import EbbtideError, PipelineCancelledError
+from ebbtide.lifecycle import on_fork
+from ebbtide.memory.probe import snapshot
+from ebbtide.runtime import store as stores
+from ebbtide.runtime.store import Manifest, Store
+
+if TYPE_CHECKING:
+    from ebbtide.runtime.session import SessionOptions
+
+log = logging.getLogger("ebbtide.runtime")
+
+SMALLEST: Final = 4_000_000
+"""Bytes of a graph below which nothing is prepared in the background: it would save nothing."""
+
+_TIMES_THE_SIZE: Final = 4
+"""Disk and memory that have to be free, as a multiple of the original: q4 takes 2.7 times."""
+
+_IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
+
+
+def store() -> Store:
+    """The store of this process's settings."""
+    if settings.cache_dir is not None:
+        return Store(Path(settings.cache_dir).expanduser())
+    return Store(_user_cache())
+
+
+@functools.cache
+def _user_cache() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("ebbtide", appauthor=False)
+
+
+def shape_of(options: SessionOptions) -> str:
+    """The options that change the graph, as one text."""
+    return json.dumps([options.optimization, sorted(options.entries)])
+
+
+def cannot(size: int) -> str | None:
+    """Why no copy of a graph is to be made here, in words; None where nothing speaks against it.
+
+    Args:
+        size: Bytes of the graph and its data.
+    """
+    if getattr(sys, "frozen", False) or not sys.executable:
+        return "this program is not run by a Python of its own"
+    root = store().root
+    there = next((one for one in (root, *root.parents) if one.exists()), root)
+    if not os.access(there, os.W_OK):
+        return f"{there} cannot be written"
+    if _file_system(there) in _IN_MEMORY:
+        return f"{there} is memory, not a disk"
+    needed = size * _TIMES_THE_SIZE
+    if shutil.disk_usage(there).free < needed:
+        return f"{there} has less than {needed / 1e9:.1f} GB free"
+    available = snapshot().available
+    if available is not None and available < needed:
+        return f"less than {needed / 1e9:.1f} GB of memory are available"
+    return None
+
+
+def _file_system(path: Path) -> str:
+    """The kind of file system that a path lies on; empty where that is not known."""
+    best, kind = "", ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, place, this, *_ = line.split(" ")
+            place = place.replace("\\040", " ")
+            if path.resolve().is_relative_to(place) and len(place) >= len(best):
+                best, kind = place, this
+    return kind
+
+
+def prepare(graph: Path, options: SessionOptions, token: CancelToken) -> str | None:
+    """Have a copy made by a process of its own, and wait for it.
+
+    Args:
+        graph: The original ONNX file.
+        options: How it is to be run.
+        token: Ends the work.
+
+    Returns:
+        Its key; None where none could be made, and why is logged.
+
+    Raises:
+        PipelineCancelledError: The token was cancelled.
+    """
+    request = {
+        "graph": str(graph.absolute()),
+        "root": str(store().root.absolute()),
+        "options": dataclasses.asdict(options),
+        "limit": settings.cache_size,
+    }
+    try:
+        text = _ask(json.dumps(request) + "\n", token)
+        outcome = json.loads(text or '{"error": "the process that makes it ended early"}')
+    except (OSError, ValueError) as error:
+        outcome = {"error": str(error)}
+    if not token.cancelled and "error" not in outcome:
+        return str(outcome["key"])
+    with contextlib.suppress(OSError):
+        store().sweep()
+    token.check()
+    log.log(
+        logging.INFO if outcome.get("known") else logging.WARNING,
+        "No prepared copy of %s was made: %s. The original is used.", graph, outcome["error"],
+    )  # fmt: skip
+    return None
+
+
+def _ask(request: str, token: CancelToken) -> str:
+    """The child's answer to a request; empty where it ended without one."""
+    environment = dict(os.environ)
+    home = str(Path(__file__).parent.parent.parent)
+    if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        paths = (home, environment.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    with subprocess.Popen(
+        [sys.executable, "-m", "ebbtide.runtime.prepare"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,  # a terminal's Ctrl-C is for us, who then end it
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        token.attach(child.kill)
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(request)
+                child.stdin.flush()  # and stays open: its end is the child's end
+            return child.stdout.read()
+        finally:
+            token.detach(child.kill)
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
+
+
+_Wish = tuple[Path, "SessionOptions", int, Callable[[], object]]
+
+
+class Background:
+    """Makes copies while the originals are in use, one at a time, and has their users move."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: nothing is wished for, and no thread is here."""
+        self._wishes: collections.deque[_Wish] = collections.deque()
+        self._lock = threading.Lock()
+        self._running = False
+        self._token = CancelToken("preparing a model")
+
+    def wish(
+        self, graph: Path, options: SessionOptions, size: int, then: Callable[[], object]
+    ) -> None:
+        """Have a copy made; called on a thread of Ebbtide's own.
+
+        Args:
+            graph: The original ONNX file.
+            options: How it is to be run.
+            size: Bytes of the graph and its data.
+            then: Called once there is one, on a thread that may wait.
+        """
+        with self._lock:
+            self._wishes.append((graph, options, size, then))
+            if self._running:
+                return
+            self._running = True
+        _at_exit()
+        # Not one of Ebbtide's own: what it has done natively is to be done on a native thread.
+        threading.Thread(target=self._work, name="ebbtide-prepare", daemon=True).start()
+
+    def stop(self) -> None:
+        """Make nothing more in this process."""
+        self._wishes.clear()
+        self._token.cancel()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._wishes:
+                    self._running = False
+                    return
+                graph, options, size, then = self._wishes.popleft()
+            try:
+                reason = cannot(size)
+                if reason:
+                    log.info("No prepared copy of %s is made: %s.", graph, reason)
+                    continue
+                if prepare(graph, options, self._token) is not None:
+                    then()
+            except PipelineCancelledError:
+                return
+            except Exception:  # the original is in use, and stays so
+                log.warning("Preparing %s failed.", graph, exc_info=True)
+            finally:
+                del then
+
+
+background = Background()
+on_fork(background.forget)
+
+
+@functools.cache
+def _at_exit() -> None:
+    atexit.register(background.stop)
+
+
+class _RefusedError(Exception):
+    """This graph cannot be prepared, now or later."""
+
+
+def _main() -> None:
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(10)
+    with contextlib.suppress(OSError):  # where memory runs out, this is what goes
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    outcome: dict[str, object]
+    try:
+        outcome = _make(
+            Path(request["graph"]),
+            Store(Path(request["root"])),
+            request["options"],
+            request["limit"],
+        )
+    except (EbbtideError, OSError, MemoryError) as error:
+        outcome = {"error": str(error) or type(error).__name__}
+    print(json.dumps(outcome), flush=True)
+    _end()
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    _end()
+
+
+_making: list[Path] = []
+"""The folder that is being written, for an end in the middle."""
+
+
+def _end() -> NoReturn:
+    for folder in _making:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
+
+
+def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[str, object]:
+    from ebbtide.runtime import session as sessions
+
+    entries = tuple((key, value) for key, value in given.pop("entries"))
+    options = dataclasses.replace(sessions.SessionOptions(**given, entries=entries), threads=1)
+    version = sessions.version()
+    found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=True)
+    if found is None:
+        return {"error": "it names data outside its own folder"}
+    key, source = found
+    refusal = here.refusal(key)
+    if refusal is not None:
+        return {"error": refusal, "known": True}
+    size = sum(one.size for one in source)
+    if size > limit:
+        return {"error": f"its {size / 1e6:.0f} MB do not fit in settings.cache_size"}
+    with here.writing(key) as folder:
+        if folder is None:
+            return {"key": key}
+        _making.append(folder)
+        started = time.monotonic()
+        try:
+            anonymous = sessions.write_prepared(graph, folder / stores.GRAPH, options)
+        except EbbtideError as error:
+            here.refuse(key, str(error))
+            raise
+        names = [one for one in (stores.GRAPH, stores.DATA) if (folder / one).exists()]
+        here.publish(
+            folder,
+            Manifest(
+                key=key,
+                model=str(graph),
+                source=source,
+                onnxruntime=version,
+                cpu=stores.cpu_features(),
+                options=shape_of(options),
+                files=stores.describe(folder, names),
+                anonymous=anonymous,
+                seconds=round(time.monotonic() - started, 3),
+                created=time.time(),
+            ),
+        )
+        _making.clear()
+    here.prune(limit)
+    return {"key": key}
+
+
+if __name__ == "__main__":
+    _main()
