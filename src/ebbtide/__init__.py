@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         PipelineCancelledError,
         PipelineDisposedError,
         PipelineInheritedError,
+        PrepareError,
         RunError,
         UnsupportedModelError,
     )
@@ -68,6 +69,7 @@ _HOMES = {
     "PipelineCancelledError": "errors",
     "PipelineDisposedError": "errors",
     "PipelineInheritedError": "errors",
+    "PrepareError": "errors",
     "RunError": "errors",
     "UnsupportedModelError": "errors",
     "PipelineOptions": "factory",
@@ -116,6 +118,7 @@ __all__ = [
     "PipelineInheritedError",
     "PipelineMemory",
     "PipelineOptions",
+    "PrepareError",
     "ProgressEvent",
     "QuestionAnsweringPipeline",
     "RunError",

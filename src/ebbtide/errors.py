@@ -136,6 +136,20 @@ class DeviceNotAvailableError(LoadError):
         self.available = available
 
 
+class PrepareError(EbbtideError):
+    """No prepared copy of a model can be made, or the folder of them cannot be changed.
+
+    The model itself works without one.
+
+    Attributes:
+        path: The model's file, or the folder.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class RunError(EbbtideError):
     """The native run failed, for another reason than a cancellation."""
 

@@ -24,13 +24,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from ebbtide._settings import settings
 from ebbtide.cancellation import CancelToken
-from ebbtide.errors import EbbtideError, PipelineCancelledError
+from ebbtide.errors import EbbtideError, LoadError, PipelineCancelledError, PrepareError
 from ebbtide.lifecycle import on_fork
 from ebbtide.memory.probe import snapshot
+from ebbtide.runtime import devices
 from ebbtide.runtime import store as stores
 from ebbtide.runtime.store import Manifest, Store
 
@@ -45,6 +46,7 @@ SMALLEST: Final = 4_000_000
 _TIMES_THE_SIZE: Final = 4
 """Disk and memory that have to be free, as a multiple of the original: q4 takes 2.7 times."""
 
+_ENDED: Final = "the process that makes it ended early"
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 
 
@@ -67,19 +69,22 @@ def shape_of(options: SessionOptions) -> str:
     return json.dumps([options.optimization, sorted(options.entries)])
 
 
-def cannot(size: int) -> str | None:
+def cannot(size: int, *, asked: bool = False) -> str | None:
     """Why no copy of a graph is to be made here, in words; None where nothing speaks against it.
 
     Args:
         size: Bytes of the graph and its data.
+        asked: Somebody asks for this copy, so that he may have it in memory too.
     """
     if getattr(sys, "frozen", False) or not sys.executable:
         return "this program is not run by a Python of its own"
     root = store().root
     there = next((one for one in (root, *root.parents) if one.exists()), root)
+    if not there.is_dir():
+        return f"{there} is no folder"
     if not os.access(there, os.W_OK):
         return f"{there} cannot be written"
-    if _file_system(there) in _IN_MEMORY:
+    if not asked and _file_system(there) in _IN_MEMORY:
         return f"{there} is memory, not a disk"
     needed = size * _TIMES_THE_SIZE
     if shutil.disk_usage(there).free < needed:
@@ -116,6 +121,93 @@ def prepare(graph: Path, options: SessionOptions, token: CancelToken) -> str | N
     Raises:
         PipelineCancelledError: The token was cancelled.
     """
+    outcome = _outcome(graph, options, token)
+    if "error" not in outcome:
+        return str(outcome["key"])
+    log.log(
+        logging.INFO if outcome.get("known") else logging.WARNING,
+        "No prepared copy of %s was made: %s. The original is used.", graph, outcome["error"],
+    )  # fmt: skip
+    return None
+
+
+def copy_of(
+    graph: Path,
+    device: str,
+    options: SessionOptions,
+    token: CancelToken,
+    *,
+    size: int,
+    told: Callable[[Literal["preparing", "prepared"]], object],
+) -> tuple[Manifest, bool]:
+    """The prepared copy of a graph, made if it is not there; nothing is loaded here.
+
+    Args:
+        graph: The original ONNX file.
+        device: Where it is to be run, as the user names it.
+        options: How it is to be run.
+        token: Ends the work.
+        size: Bytes of the graph and its data.
+        told: Called with ``preparing`` and ``prepared`` where one is made.
+
+    Returns:
+        What it is, and whether it was made now.
+
+    Raises:
+        PrepareError: There can be none; says why.
+        LoadError: The original cannot be read.
+        DeviceNotAvailableError: The device cannot be used here.
+        PipelineCancelledError: The token was cancelled.
+    """
+    from ebbtide.runtime import session as sessions
+
+    chosen = devices.candidates(device, sessions.providers())[0]
+    if chosen.name != "cpu":
+        raise _no_copy(graph, f"it runs on {chosen}, and only what runs on cpu is prepared")
+    here, version = store(), sessions.version()
+    try:
+        found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=True)
+    except OSError as error:
+        raise LoadError(f"{graph} cannot be read: {error.strerror}.", path=str(graph)) from None
+    if found is None:
+        raise _no_copy(graph, "it names data outside its own folder")
+    manifest = _whole(here, found[0], version)
+    if manifest is not None:
+        return manifest, False
+    reason = cannot(size, asked=True)
+    if reason:
+        raise _no_copy(graph, reason)
+    told("preparing")
+    outcome = _outcome(graph, options, token)
+    if "error" in outcome:
+        raise _no_copy(graph, str(outcome["error"]))
+    manifest = _whole(here, found[0], version)
+    if manifest is None:  # the copy is larger than the original, whose size was looked at
+        limit = f"{settings.cache_size / 1e6:,.0f} MB"
+        raise _no_copy(graph, f"it does not fit in the {limit} of settings.cache_size")
+    told("prepared")
+    return manifest, True
+
+
+def _whole(here: Store, key: str, version: str) -> Manifest | None:
+    held = here.hold(key, version)
+    if held is None:
+        return None
+    held.close()
+    return held.manifest
+
+
+def _no_copy(graph: Path, reason: str) -> PrepareError:
+    text = f"No prepared copy of {graph} can be made: {reason.rstrip('.')}."
+    return PrepareError(f"{text} The model runs without one.", path=str(graph))
+
+
+def _outcome(graph: Path, options: SessionOptions, token: CancelToken) -> dict[str, object]:
+    """What the process that makes a copy says of it: a key, or an error.
+
+    Raises:
+        PipelineCancelledError: The token was cancelled.
+    """
     request = {
         "graph": str(graph.absolute()),
         "root": str(store().root.absolute()),
@@ -124,19 +216,14 @@ def prepare(graph: Path, options: SessionOptions, token: CancelToken) -> str | N
     }
     try:
         text = _ask(json.dumps(request) + "\n", token)
-        outcome = json.loads(text or '{"error": "the process that makes it ended early"}')
+        outcome: dict[str, object] = json.loads(text or f'{{"error": "{_ENDED}"}}')
     except (OSError, ValueError) as error:
         outcome = {"error": str(error)}
-    if not token.cancelled and "error" not in outcome:
-        return str(outcome["key"])
-    with contextlib.suppress(OSError):
-        store().sweep()
+    if token.cancelled or "error" in outcome:
+        with contextlib.suppress(OSError):
+            store().sweep()
     token.check()
-    log.log(
-        logging.INFO if outcome.get("known") else logging.WARNING,
-        "No prepared copy of %s was made: %s. The original is used.", graph, outcome["error"],
-    )  # fmt: skip
-    return None
+    return outcome
 
 
 def _ask(request: str, token: CancelToken) -> str:

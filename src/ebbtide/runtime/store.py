@@ -293,14 +293,19 @@ class Store:
             return str(error)
         return None
 
-    def remove(self, entry: Entry) -> bool:
-        """Remove an entry, unless a process uses it; whether it is gone."""
+    def remove(self, entry: Entry, *, in_use: bool = False) -> bool:
+        """Remove an entry, unless a process uses it; whether it is gone.
+
+        Args:
+            entry: The entry.
+            in_use: Also where a process uses it; that keeps what it has mapped.
+        """
         try:
             descriptor = os.open(entry.folder / MANIFEST, os.O_RDONLY)
         except FileNotFoundError:
             descriptor = None
         try:
-            if descriptor is not None and not _lock(descriptor, shared=False):
+            if descriptor is not None and not in_use and not _lock(descriptor, shared=False):
                 return False
             self._take_away(entry.folder)
             return True
@@ -309,6 +314,11 @@ class Store:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+
+    def forget(self) -> None:
+        """Drop what is remembered beside the entries: hashes, and which graphs were refused."""
+        for folder in (self.identities, self._refusals):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def prune(self, limit: int) -> list[Entry]:
         """Remove the least recently used entries until the rest fits, but none that is in use.
