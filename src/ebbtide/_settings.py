@@ -23,6 +23,7 @@ Verify = Literal["graph", "always"]
 
 _PREFIX = "EBBTIDE_"
 _FLAGS = frozenset({"trim", "offline", "move_to_prepared", "shared_threads"})
+_SECONDS = frozenset({"drain_timeout", "exit_timeout", "idle_trim"})
 _WORDS: dict[str, Any] = {"malloc": MallocPolicy, "prepare": Prepare, "verify": Verify}
 _UNITS = {"": 0, "b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -41,6 +42,8 @@ class Settings:
             ``EBBTIDE_NATIVE_THREADS``.
         trim: Whether memory that was freed is given back to the operating system after a load and
             after a disposal. ``EBBTIDE_TRIM``.
+        idle_trim: Seconds without a call after which memory that calls freed is given back as well,
+            or None for never. ``EBBTIDE_IDLE_TRIM``.
         malloc: ``"tuned"`` also gives back the tops of the arenas that Ebbtide's own threads use,
             which on glibc means two `mallopt` calls (ARCHITECTURE.md, "Threads and arenas");
             ``"system"`` calls no `mallopt`. ``EBBTIDE_MALLOC``.
@@ -74,6 +77,7 @@ class Settings:
     threads: int | None = None
     native_threads: int | None = None
     trim: bool = True
+    idle_trim: float | None = 1.0
     malloc: MallocPolicy = "tuned"
     drain_timeout: float = 30.0
     exit_timeout: float = 10.0
@@ -148,7 +152,7 @@ def _parse(name: str, text: str) -> object:
     if word in {"", "none", "auto"}:
         return None
     try:
-        return float(word) if name.endswith("timeout") else int(word)
+        return float(word) if name in _SECONDS else int(word)
     except ValueError:
         return text
 
@@ -168,7 +172,9 @@ def _problem(name: str, value: object) -> str | None:
     if name == "cache_size":
         good = type(value) is int and value >= 0
         return None if good else "takes bytes, as a whole number or as in '20 GB'"
-    if name in {"drain_timeout", "exit_timeout"}:
+    if name in _SECONDS:
+        if value is None and name == "idle_trim":
+            return None
         good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
         return None if good else "takes a number of seconds, 0 or more"
     return "is no setting"

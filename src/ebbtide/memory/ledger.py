@@ -62,25 +62,30 @@ class Activity:
 
     def __init__(self) -> None:
         self._active: dict[Window, None] = {}
-        self._latest: Window | None = None
+        self.latest: Window | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something goes on now."""
+        return bool(self._active)
 
     def forget(self) -> None:
         """In a forked child: nothing goes on here."""
         self._active.clear()
-        self._latest = None
+        self.latest = None
 
     def begin(self) -> Window:
         """Note that something starts, and open a window over it."""
         window = Window(self)
         self._active[window] = None
-        self._latest = window
+        self.latest = window
         window.alone = len(self._active) == 1
         return window
 
     def end(self, window: Window) -> bool:
         """Note that it has ended; returns whether it was alone all the time."""
         self._active.pop(window, None)
-        return window.alone and self._latest is window
+        return window.alone and self.latest is window
 
 
 class Window:
@@ -331,14 +336,15 @@ class Ledger:
 
     def _charge(self, entry: _Entry, value: Native, window: Window) -> None:
         """Charge a thing for what its load took, or for what it takes where that was measured."""
-        change, entry.quiet = window.close()
-        entry.charge = max(0, change)
+        change, quiet = window.close()
+        entry.charge, entry.quiet = max(0, change), quiet
         key = (entry.key, value.source)
-        if entry.quiet:
+        if value.measured is not None:
+            entry.charge, entry.quiet = value.measured, True
+        elif quiet:
             self._quiet_charges[key] = entry.charge
         else:
-            known = self._quiet_charges.get(key, value.measured)
-            entry.charge = entry.charge if known is None else known
+            entry.charge = self._quiet_charges.get(key, entry.charge)
 
     def rest(self, entry: _Entry) -> Sequence[Remains]:
         """One less has use of a thing; the last frees it for now. Called by leases only."""
@@ -378,10 +384,11 @@ class Ledger:
         with self._lock:
             entry.owners -= 1
             value = entry.value
-            if not entry.owners:
+            last = not entry.owners
+            if last:
                 del self._entries[entry.key]
                 entry.value = None
-        if not entry.owners:
+        if last:
             return value.close() if value is not None else ()
         return self.rest(entry) if awake else ()
 

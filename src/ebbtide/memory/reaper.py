@@ -18,6 +18,7 @@ import types
 import warnings
 from collections.abc import Callable, Collection
 
+from ebbtide._settings import settings
 from ebbtide.cancellation import EbbtideThread, OneShot, own_thread
 from ebbtide.errors import DisposalError
 from ebbtide.lifecycle import (
@@ -36,6 +37,9 @@ from ebbtide.receipts import DisposalReceipt
 
 GRACE = 10.0
 """Seconds that cancelled calls get to end, before their pipeline's receipt says they have not."""
+
+_WORTH_A_TRIM = 4_000_000
+"""Bytes by which the process has to have grown before an idle one is trimmed."""
 
 TOLERANCE_BYTES = 1_000_000
 TOLERANCE_SHARE = 0.01
@@ -79,6 +83,9 @@ class Reaper:
         """In a forked child: no thread, no wishes."""
         self._queue: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._drowsy: list[SleepRequest] = []
+        self._tidy: tuple[float, Window | None] | None = None
+        self._is_told = False
+        self._low = 0
         self._draining: dict[Lifecycle, _Draining] = {}
         self._thread: threading.Thread | None = None
 
@@ -96,6 +103,30 @@ class Reaper:
     def drained(self, lifecycle: Lifecycle) -> None:
         """Hear that the last running call of something being disposed has ended."""
         self._queue.put(lifecycle)
+
+    def ran(self) -> None:
+        """Hear that a call has ended; called on a native thread, at each call's end."""
+        if not self._is_told and settings.idle_trim is not None:
+            self._is_told = True
+            self._queue.put(self._tidy_later)
+
+    def _tidy_later(self) -> None:
+        if settings.idle_trim is not None:
+            self._tidy = (self._clock() + settings.idle_trim, activity.latest)
+
+    def _tidy_up(self, now: float) -> None:
+        """Give back what calls left, once nothing has gone on for a while and if it is enough."""
+        if self._tidy is None or now < self._tidy[0]:
+            return
+        _, latest = self._tidy
+        self._tidy = None
+        if activity.latest is not latest or activity.is_busy:
+            self._tidy_later()
+            return
+        self._is_told = False
+        if anonymous_bytes() - self._low > _WORTH_A_TRIM:
+            allocator.trim()
+            self._low = anonymous_bytes()
 
     def later(self, function: Callable[[], None]) -> None:
         """Have ``function`` run between two disposals; return at once."""
@@ -130,6 +161,7 @@ class Reaper:
         """Seconds until the next deadline, or None where there is none."""
         deadlines = [one.deadline for one in self._draining.values()]
         deadlines += [one.wish.deadline for one in self._drowsy]
+        deadlines += [self._tidy[0]] if self._tidy is not None else []
         return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
     def _step(self, patience: float | None) -> None:
@@ -164,6 +196,7 @@ class Reaper:
         drowsy, self._drowsy = self._drowsy, []
         for request in drowsy:
             self._have_sleep(request, now)
+        self._tidy_up(now)
 
     def _have_sleep(self, request: SleepRequest, now: float) -> None:
         """Have a pipeline sleep if no call of it runs; else wait for that, or give up."""
