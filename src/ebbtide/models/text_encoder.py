@@ -147,7 +147,7 @@ class TextEncoder:
             device,
             options.session_options,
             token,
-            size=sum(one.stat().st_size for one in (path, *parts)),
+            parts=parts,
             wanted=options.prepare,
             told=told,
         )

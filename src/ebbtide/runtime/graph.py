@@ -23,6 +23,7 @@ from ebbtide.memory.allocator import allocator
 from ebbtide.memory.ledger import Lease, Native, activity, ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.runtime import devices, prepare
+from ebbtide.runtime.identity import mark
 from ebbtide.runtime.session import (
     OnnxSession,
     SessionOptions,
@@ -68,12 +69,19 @@ class GraphSession(Native):
         device: Where to run it, as the user names it.
         options: How to run it.
         token: Stops the load from another thread.
+        parts: The files of its external data.
     """
 
     def __init__(
-        self, path: Path, device: str, options: SessionOptions, token: CancelToken
+        self,
+        path: Path,
+        device: str,
+        options: SessionOptions,
+        token: CancelToken,
+        parts: Sequence[Path] = (),
     ) -> None:
         self.path = path
+        self._files = {one: mark(one) for one in (path, *parts)}
         self.options = options
         self._device_name = device
         self._lock = threading.Lock()
@@ -111,17 +119,42 @@ class GraphSession(Native):
         return use.held.manifest.anonymous if use is not None and use.held is not None else None
 
     def _open(self, token: CancelToken) -> _Use:
-        held = self._prepared()
-        if held is not None:
+        return self._open_prepared(token) or _Use(
+            open_session(self.path, self._device_name, self.options, token), None
+        )
+
+    def _open_again(self, token: CancelToken) -> _Use:
+        self._check_files()
+        return self._open(token)
+
+    def _check_files(self) -> None:
+        """Raise where the model is gone, or is not the one that was loaded."""
+        for file, before in self._files.items():
             try:
-                return _Use(open_prepared(held.graph, self.options, token), held)
-            except PipelineCancelledError:
-                held.close()
-                raise
-            except EbbtideError as error:
-                held.close()
-                prepare.store().discard(held.manifest.key, str(error))
-        return _Use(open_session(self.path, self._device_name, self.options, token), None)
+                same = mark(file) == before
+            except OSError as error:
+                raise LoadError(
+                    f"{file} cannot be read again: {error.strerror}.", path=str(file)
+                ) from None
+            if not same:
+                raise LoadError(
+                    f"{file} has changed since the pipeline was loaded: make a new pipeline.",
+                    path=str(file),
+                )
+
+    def _open_prepared(self, token: CancelToken) -> _Use | None:
+        held = self._prepared()
+        if held is None:
+            return None
+        try:
+            return _Use(open_prepared(held.graph, self.options, token), held)
+        except PipelineCancelledError:
+            held.close()
+            raise
+        except EbbtideError as error:
+            held.close()
+            prepare.store().discard(held.manifest.key, str(error))
+        return None
 
     def _prepared(self) -> Held | None:
         """The prepared copy, if there is one and this is a graph it may be used for."""
@@ -147,7 +180,7 @@ class GraphSession(Native):
             if self._closed:
                 raise PipelineDisposedError(f"{token.label} was disposed.", pipeline=token.label)
             if self._use is None:
-                self._use = self._open(token)
+                self._use = self._open_again(token)
             use = self._use
             use.running += 1
         try:
@@ -165,9 +198,12 @@ class GraphSession(Native):
         with self._lock:
             if self._closed or self._use is None or self._use.held is not None:
                 return False
-            new = self._open(CancelToken(str(self.path)))
-            if new.held is None:
-                new.close()
+            try:
+                self._check_files()
+            except LoadError:
+                return False
+            new = self._open_prepared(CancelToken(str(self.path)))
+            if new is None:
                 return False
             old, self._use = self._use, new
             old.retired = True
@@ -186,7 +222,7 @@ class GraphSession(Native):
         """Load it again, from the prepared copy if there is one."""
         with self._lock:
             if self._use is None and not self._closed:
-                self._use = self._open(token)
+                self._use = self._open_again(token)
 
     def close(self) -> Sequence[Remains]:
         """Free it, whatever runs on it."""
@@ -208,7 +244,7 @@ def acquire(
     options: SessionOptions,
     token: CancelToken,
     *,
-    size: int,
+    parts: Sequence[Path] = (),
     wanted: Prepare | None = None,
     told: Callable[[Waiting], object] = lambda status: None,
 ) -> Lease[GraphSession]:
@@ -219,7 +255,7 @@ def acquire(
         device: Where to run it.
         options: How to run it.
         token: Stops the load from another thread.
-        size: Bytes of the graph and its data.
+        parts: The files of its external data.
         wanted: What to do where there is no prepared copy; None for ``settings.prepare``.
         told: Called with ``preparing`` and ``prepared`` where the load waits for a copy.
 
@@ -228,6 +264,7 @@ def acquire(
         DeviceNotAvailableError: The device cannot be used here.
         PipelineCancelledError: The token was cancelled.
     """
+    size = sum(one.stat().st_size for one in (path, *parts))
     stat = path.stat()
     identity = (
         str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
@@ -237,7 +274,7 @@ def acquire(
         _prepare_first(path, options, token, told)
 
     def load() -> GraphSession:
-        return GraphSession(path, device, options, token)
+        return GraphSession(path, device, options, token, parts)
 
     lease = ledger.acquire((identity, device, options), "session", load, token)
     session = lease.value
@@ -266,7 +303,11 @@ def _prepare_first(
         )
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror}.", path=str(path)) from None
-    if found is None or here.has(found[0]):
+    if found is None or here.refusal(found[0]) is not None:
+        return
+    held = here.hold(found[0], version())
+    if held is not None:
+        held.close()
         return
     told("preparing")
     if prepare.prepare(path, options, token) is not None:

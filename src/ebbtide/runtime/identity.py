@@ -71,7 +71,7 @@ def contents(graph: Path, memory: Path, *, compute: bool) -> tuple[Content, ...]
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return None
         part = graph.parent / name
-        if not part.is_file():
+        if not os.path.isfile(part):
             continue  # bytes that only looked like the name of a file, or a load that will fail
         known = _known(part, memory, compute=compute, is_graph=False)
         if known is None:
@@ -102,6 +102,12 @@ def _known(path: Path, memory: Path, *, compute: bool, is_graph: bool) -> _Known
         except OSError:
             pass  # it is hashed again next time
     return found
+
+
+def mark(path: Path) -> str:
+    """What is another text once a file is another one: the hub's hash, else size and time."""
+    stat = path.stat()
+    return _hub_hash(path) or f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _hub_hash(path: Path) -> str | None:
@@ -169,8 +175,8 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
         raw = path.read_bytes()
     except OSError:
         return None
-    line, _, seal = raw.rstrip(b"\n").partition(b"\n")
-    if hashlib.sha256(line).hexdigest().encode() != seal:
+    line, _, seal = raw.partition(b"\n")
+    if f"{hashlib.sha256(line).hexdigest()}\n".encode() != seal:
         return None
     content = json.loads(line)
     assert isinstance(content, dict)

@@ -86,6 +86,11 @@ def cannot(size: int, *, asked: bool = False) -> str | None:
         return f"{there} cannot be written"
     if not asked and _file_system(there) in _IN_MEMORY:
         return f"{there} is memory, not a disk"
+    return _short(there, size)
+
+
+def _short(there: Path, size: int) -> str | None:
+    """What there is too little of for a copy, in words; None where there is enough."""
     needed = size * _TIMES_THE_SIZE
     if shutil.disk_usage(there).free < needed:
         return f"{there} has less than {needed / 1e9:.1f} GB free"
@@ -270,6 +275,7 @@ class Background:
         self._wishes: collections.deque[_Wish] = collections.deque()
         self._lock = threading.Lock()
         self._running = False
+        self._thread: threading.Thread | None = None
         self._token = CancelToken("preparing a model")
 
     def wish(
@@ -290,12 +296,16 @@ class Background:
             self._running = True
         _at_exit()
         # Not one of Ebbtide's own: what it has done natively is to be done on a native thread.
-        threading.Thread(target=self._work, name="ebbtide-prepare", daemon=True).start()
+        thread = threading.Thread(target=self._work, name="ebbtide-prepare", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def stop(self) -> None:
-        """Make nothing more in this process."""
+        """Make nothing more in this process, and leave nothing behind."""
         self._wishes.clear()
         self._token.cancel()
+        if self._thread is not None:
+            self._thread.join(settings.exit_timeout)
 
     def _work(self) -> None:
         while True:
@@ -364,7 +374,10 @@ _making: list[Path] = []
 
 def _end() -> NoReturn:
     for folder in _making:
-        shutil.rmtree(folder, ignore_errors=True)
+        gone = folder.with_suffix(".gone")
+        with contextlib.suppress(OSError):
+            folder.rename(gone)  # so that what goes on writing finds no place
+        shutil.rmtree(gone, ignore_errors=True)
     os._exit(0)
 
 
@@ -392,7 +405,8 @@ def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[s
         try:
             anonymous = sessions.write_prepared(graph, folder / stores.GRAPH, options)
         except EbbtideError as error:
-            here.refuse(key, str(error))
+            if _short(folder, size) is None:  # else it may well work another time
+                here.refuse(key, str(error))
             raise
         names = [one for one in (stores.GRAPH, stores.DATA) if (folder / one).exists()]
         here.publish(
@@ -412,6 +426,8 @@ def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[s
         )
         _making.clear()
     here.prune(limit)
+    if not here.has(key):
+        return {"error": "its prepared copy does not fit in settings.cache_size"}
     return {"key": key}
 
 

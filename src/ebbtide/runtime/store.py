@@ -20,7 +20,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,8 @@ GRAPH: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
 MANIFEST: Final = "manifest.json"
 _LONGEST_UNUSED: Final = 90 * 24 * 3600
+_LONGEST_WRITE: Final = 60.0
+"""Seconds after which a small file that is still being written was left by who was killed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -273,6 +275,9 @@ class Store:
         for left in self._entries.glob(".*"):
             with self.writing(left.name.split(".")[1], wait=False):
                 pass  # taking the lock sweeps
+        horizon = time.time() - _LONGEST_WRITE
+        for folder in (self.identities, self._refusals):
+            _remove_older(folder.glob(".*"), horizon)
 
     def entries(self) -> list[Entry]:
         """Every entry, the most recently used first."""
@@ -307,6 +312,8 @@ class Store:
         try:
             if descriptor is not None and not in_use and not _lock(descriptor, shared=False):
                 return False
+            if descriptor is not None and not _is(descriptor, entry.folder / MANIFEST):
+                return True  # somebody else was faster, and what is there now is another's
             self._take_away(entry.folder)
             return True
         except FileNotFoundError:
@@ -339,11 +346,7 @@ class Store:
             if self.remove(entry):
                 size -= entry.size
                 removed.append(entry)
-        horizon = time.time() - _LONGEST_UNUSED
-        for note in self.identities.glob("*.json"):
-            with contextlib.suppress(OSError):
-                if note.stat().st_mtime < horizon:
-                    note.unlink()
+        _remove_older(self.identities.glob("*.json"), time.time() - _LONGEST_UNUSED)
         return removed
 
 
@@ -368,6 +371,13 @@ def _checked(folder: Path, *, whole: bool) -> Manifest:
         except OSError as error:
             raise _DamagedError(f"{name} cannot be read ({error.strerror})") from None
     return manifest
+
+
+def _remove_older(files: Iterable[Path], horizon: float) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime < horizon:
+                file.unlink()
 
 
 def describe(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
