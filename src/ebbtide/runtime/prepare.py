@@ -1,7 +1,7 @@
 """Making prepared copies: in a process of its own, for the one that asked.
 
-`python -m ebbtide.runtime.prepare` reads one request from its standard input, makes the copy, and
-writes one line with the outcome. It ends when its input does, so that it never outlives who asked.
+It runs `main`, which reads one request from its standard input, makes the copy, and writes one line
+with the outcome. It ends when its input does, so that it never outlives who asked.
 There the original is loaded with the weights packed and written out; the result is read back, run
 beside the original, measured alone and hashed before it becomes an entry of the store.
 """
@@ -46,6 +46,7 @@ SMALLEST: Final = 4_000_000
 _TIMES_THE_SIZE: Final = 4
 """Disk and memory that have to be free, as a multiple of the original: q4 takes 2.7 times."""
 
+_CHILD: Final = "from ebbtide.runtime import prepare; prepare.main()"
 _ENDED: Final = "the process that makes it ended early"
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 
@@ -239,7 +240,7 @@ def _ask(request: str, token: CancelToken) -> str:
         paths = (home, environment.get("PYTHONPATH"))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with subprocess.Popen(
-        [sys.executable, "-m", "ebbtide.runtime.prepare"],
+        [sys.executable, "-P", "-c", _CHILD],  # -P: no module of the current folder's
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -342,7 +343,8 @@ class _RefusedError(Exception):
     """This graph cannot be prepared, now or later."""
 
 
-def _main() -> None:
+def main() -> None:
+    """Be the process that makes a copy."""
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     with contextlib.suppress(OSError, AttributeError):
@@ -429,7 +431,3 @@ def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[s
     if not here.has(key):
         return {"error": "its prepared copy does not fit in settings.cache_size"}
     return {"key": key}
-
-
-if __name__ == "__main__":
-    _main()
