@@ -33,10 +33,17 @@ if TYPE_CHECKING:
         RunError,
         UnsupportedModelError,
     )
-    from ebbtide.factory import PipelineOptions, apipeline, download, model_files, pipeline
+    from ebbtide.factory import (
+        PipelineOptions,
+        apipeline,
+        download,
+        model_files,
+        pipeline,
+        prepare,
+    )
     from ebbtide.hub import ProgressEvent
     from ebbtide.lifecycle import State, dispose_all, live
-    from ebbtide.models.catalog import cached_models, remove_cached
+    from ebbtide.models.catalog import PreparedModel, cached_models, remove_cached
     from ebbtide.pipelines import (
         FeatureExtractionPipeline,
         FillMaskPipeline,
@@ -77,6 +84,8 @@ _HOMES = {
     "download": "factory",
     "model_files": "factory",
     "pipeline": "factory",
+    "prepare": "factory",
+    "PreparedModel": "models.catalog",
     "cached_models": "models.catalog",
     "remove_cached": "models.catalog",
     "ProgressEvent": "hub",
@@ -119,6 +128,7 @@ __all__ = [
     "PipelineMemory",
     "PipelineOptions",
     "PrepareError",
+    "PreparedModel",
     "ProgressEvent",
     "QuestionAnsweringPipeline",
     "RunError",
@@ -138,6 +148,7 @@ __all__ = [
     "memory",
     "model_files",
     "pipeline",
+    "prepare",
     "remove_cached",
     "settings",
 ]

@@ -15,9 +15,11 @@ from ebbtide.errors import InputError, PipelineCancelledError, unknown_option
 from ebbtide.hub import HubOptions, Progress, ProgressEvent
 from ebbtide.lifecycle import Lifecycle, State, creation_site, end_of_process
 from ebbtide.memory.reaper import reaper
-from ebbtide.models.catalog import ModelSummary, summarise
+from ebbtide.models.catalog import ModelSummary, PreparedModel, summarise
+from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import ByFile, ExternalData
 from ebbtide.models.text_encoder import LoadOptions, TextEncoder
+from ebbtide.models.tokenizer import TOKENIZER_FILES
 from ebbtide.pipelines import (
     FeatureExtractionPipeline,
     FillMaskPipeline,
@@ -29,6 +31,7 @@ from ebbtide.pipelines import (
     find,
 )
 from ebbtide.runtime import Job, SessionOptions, native_threads
+from ebbtide.runtime.prepare import copy_of
 
 Model = str | os.PathLike[str] | None
 
@@ -344,6 +347,74 @@ def download(task: str, model: Model = None, **options: Unpack[PipelineOptions])
     files, summary = _summary("download()", task, model, options)
     files.fetch([one.name for one in summary.files])
     return _summary("download()", task, model, options, files)[1]
+
+
+def prepare(task: str, model: Model = None, **options: Unpack[PipelineOptions]) -> PreparedModel:
+    """Have a model's prepared copy before its first load, and load nothing.
+
+    A process of its own makes it, as `pipeline` has it made, and this waits for it; what a load
+    needs beside it is downloaded too. Made to be run where there is time for it: when an image
+    is built, or before a service starts.
+
+    Args:
+        task: As for `pipeline`.
+        model: As for `pipeline`.
+        **options: As for `pipeline`. Copies are of one file, for one device and its
+            ``session_options``, but for ``threads`` and ``arena``.
+
+    Returns:
+        What a load with the same arguments will use.
+
+    Raises:
+        PrepareError: There can be no copy, and why: it would not run on the CPU, the store cannot
+            be written or is too small, or this graph cannot be written out.
+        EbbtideError: As `pipeline`, for what can be known without a load.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as settings.cache_dir:
+        ...     first = prepare("feature-extraction", "tests/models/tiny-bert")
+        ...     again = prepare("feature-extraction", "tests/models/tiny-bert")
+        >>> settings.cache_dir = None
+        >>> first.made, again.made, first.key == again.key
+        (True, False, True)
+    """
+    chosen = find(task)
+    listener, hub_options, load_options = _understood("prepare()", options)
+    token = CancelToken(f"preparing {'the default model' if model is None else model}")
+
+    def work() -> PreparedModel:
+        files = hub.resolve(
+            model,
+            task=chosen.name,
+            default=chosen.default_model,
+            options=hub_options,
+            listener=listener,
+            cancel=token,
+        )
+        config = ModelConfig.read(files)
+        file = load_options.choose(files, config)
+        files.fetch([file.name, *file.parts, *TOKENIZER_FILES, *chosen.pipeline.extra_files])
+        manifest, made = copy_of(
+            files.need(file.name, "it was there a moment ago."),
+            load_options.device_of(load_options.model_file_name or "model", config),
+            load_options.session_options,
+            token,
+            size=sum(files.look(one)[0] for one in (file.name, *file.parts)),
+            told=lambda status: listener(ProgressEvent(status=status, model=files.name)),
+        )
+        return PreparedModel(
+            model=files.name,
+            file=file.name,
+            dtype=file.dtype,
+            key=manifest.key,
+            size=manifest.size,
+            anonymous=manifest.anonymous,
+            seconds=manifest.seconds,
+            made=made,
+        )
+
+    return native_threads.submit(work, token, lambda: None).wait()
 
 
 def _summary(

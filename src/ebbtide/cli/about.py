@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 import ebbtide
+from ebbtide.cli.models import readable
 from ebbtide.cli.words import as_list, call_options, example
 from ebbtide.errors import ModelNotFoundError
 from ebbtide.hub import installed
@@ -22,6 +23,11 @@ from ebbtide.memory import snapshot
 from ebbtide.memory.allocator import allocator
 from ebbtide.pipelines import TASKS
 from ebbtide.runtime import cpu_count, devices, providers, version
+from ebbtide.runtime.prepare import store
+
+_TELEMETRY: Final = "ORT_DISABLE_TELEMETRY"
+_OFF: Final = frozenset({"1", "true", "yes"})
+"""What ONNX Runtime takes for a yes; with anything else in the variable it reports."""
 
 _RUNTIMES: Final = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml")
 """Distributions that bring one and the same Python package."""
@@ -78,10 +84,12 @@ def info(*, as_json: bool) -> None:
     _section(console, "versions", [(name, found or "not installed") for name, found in versions])
     for warning in facts["warnings"]:
         console.print(Text(f"warning: {warning}", style="bold yellow"))
+    telemetry = facts["telemetry"]
     machine = [
         ("devices", ", ".join(facts["devices"])),
         ("CPUs usable", str(facts["cpus"])),
         ("allocator", f"{facts['allocator']['name']}, by {facts['allocator']['method']}"),
+        ("telemetry", f"{'off' if telemetry['off'] else 'on'}, by {telemetry['by']}"),
     ]
     _section(console, "machine", machine)
     held = facts["memory"]
@@ -94,6 +102,13 @@ def info(*, as_json: bool) -> None:
         ("pressure", _pressure(held["pressure"])),
     ]
     _section(console, "memory of this process", memory)
+    kept = facts["prepared"]
+    prepared = [
+        ("folder", kept["folder"]),
+        ("size", f"{readable(kept['size'])} in {kept['entries']}"),
+        ("limit", readable(kept["limit"])),
+    ]
+    _section(console, "prepared models", prepared)
     settings = facts["settings"].items()
     _section(
         console, "settings", [(name, f"{one['value']} ({one['from']})") for name, one in settings]
@@ -117,8 +132,29 @@ def _facts() -> dict[str, Any]:
         "cpus": cpu_count(),
         "memory": {**dataclasses.asdict(here), "resident": here.resident},
         "allocator": {"name": allocator.name, "method": allocator.method},
+        "telemetry": _telemetry(),
+        "prepared": _prepared(),
         "settings": _settings(),
         "installed_models": _models(),
+    }
+
+
+def _telemetry() -> dict[str, object]:
+    """Whether ONNX Runtime's is off in this process, and whose doing that is."""
+    said = os.environ.get(_TELEMETRY)
+    if said is None:
+        return {"off": True, "by": "ebbtide"}
+    return {"off": said.lower() in _OFF, "by": f"{_TELEMETRY}={said}"}
+
+
+def _prepared() -> dict[str, object]:
+    here = store()
+    found = here.entries()
+    return {
+        "folder": str(here.root.absolute()),
+        "entries": len(found),
+        "size": sum(one.size for one in found),
+        "limit": ebbtide.settings.cache_size,
     }
 
 

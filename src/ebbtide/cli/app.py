@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Annotated, Any
 
 import typer
@@ -42,6 +43,14 @@ def start(arguments: list[str]) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
     return 0
+
+
+def _own_the_process() -> None:
+    """Have all sessions share one pool of threads: nobody else loads any in this process."""
+    from ebbtide import settings
+
+    if "EBBTIDE_SHARED_THREADS" not in os.environ:
+        settings.shared_threads = True
 
 
 def _log_plainly() -> None:
@@ -118,6 +127,10 @@ def _run(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, dml, coreml or auto.")] = "cpu",
     revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
+    prepare: Annotated[
+        str | None,
+        typer.Option(help="Its prepared copy: background, now (wait for it) or off (make none)."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON line a text, and nothing else.")
     ] = False,
@@ -125,10 +138,9 @@ def _run(
     """Run a task on texts."""
     from ebbtide.cli.run import run
 
-    run(
-        task, words or [], ctx.obj or [],
-        model=model, dtype=dtype, device=device, revision=revision, as_json=as_json,
-    )  # fmt: skip
+    _own_the_process()
+    options: Any = {"dtype": dtype, "device": device, "revision": revision, "prepare": prepare}
+    run(task, words or [], ctx.obj or [], model=model, options=options, as_json=as_json)
 
 
 @app.command("tasks")
@@ -196,6 +208,101 @@ def _models_remove(model: Model, as_json: Json = False) -> None:
     remove(model, as_json=as_json)
 
 
+cache = typer.Typer(
+    cls=_Commands,
+    invoke_without_command=True,
+    help="Prepared models: list, make, check or remove them.",
+)
+app.add_typer(cache, name="cache")
+
+
+@cache.callback()
+def _cache(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        from ebbtide.cli.cache import entries
+
+        entries(as_json=False)
+
+
+@cache.command("list")
+def _cache_list(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON line an entry, and nothing else.")
+    ] = False,
+) -> None:
+    """List the prepared models."""
+    from ebbtide.cli.cache import entries
+
+    entries(as_json=as_json)
+
+
+@cache.command("prepare")
+def _cache_prepare(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, an installed model's name, or an id.")
+    ],
+    task: Task = "feature-extraction",
+    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(help="Where it is to run; only cpu has copies.")] = "cpu",
+    revision: Revision = "main",
+    as_json: Json = False,
+) -> None:
+    """Prepare a model before it is needed, and wait until that is done."""
+    from ebbtide.cli.cache import prepare
+
+    prepare(task, model, {"dtype": dtype, "device": device, "revision": revision}, as_json=as_json)
+
+
+@cache.command("verify")
+def _cache_verify(
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY", help="Which, by key or its beginning; none: all."),
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove what is damaged.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON line an entry, and nothing else.")
+    ] = False,
+) -> None:
+    """Check every byte of prepared models; exit code 1 where a damaged one stays."""
+    from ebbtide.cli.cache import verify
+
+    verify(keys or [], remove=remove, as_json=as_json)
+
+
+@cache.command("prune")
+def _cache_prune(
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What may stay, as in '5 GB'; else EBBTIDE_CACHE_SIZE."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove prepared models, the least recently used first, until the rest fits."""
+    from ebbtide.cli.cache import prune
+
+    prune(size, as_json=as_json)
+
+
+@cache.command("clear")
+def _cache_clear(
+    sure: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove all prepared models but those in use."""
+    from ebbtide.cli.cache import clear
+
+    clear(sure=sure, as_json=as_json)
+
+
+@cache.command("path")
+def _cache_path() -> None:
+    """Print the folder of the prepared models."""
+    from ebbtide.cli.cache import path
+
+    path()
+
+
 @app.command("info")
 def _info(as_json: Json = False) -> None:
     """Say what is installed, what the machine allows, and how things are set."""
@@ -214,4 +321,5 @@ def _demo(
     """Search old books by meaning, and see the memory of that very run come back."""
     from ebbtide.cli.demo.show import demo
 
+    _own_the_process()
     demo(question, as_json=as_json)

@@ -30,13 +30,13 @@ def cached(*, as_json: bool) -> None:
     for one in found:
         view.add_row(
             Text(one.name),
-            megabytes(one.size),
+            readable(one.size),
             Text(", ".join(one.dtypes) or "none for Ebbtide"),
             Text(", ".join(name for name, _ in one.revisions) or "-"),
             datetime.datetime.fromtimestamp(one.used, datetime.UTC).date().isoformat(),
         )
     console.print(view)
-    console.print(f"{megabytes(sum(one.size for one in found))} in all", style="dim")
+    console.print(f"{readable(sum(one.size for one in found))} in all", style="dim")
 
 
 def show(task: str, model: str | None, options: PipelineOptions, *, as_json: bool) -> None:
@@ -55,7 +55,7 @@ def remove(model: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"model": model, "freed": freed}))
     else:
-        Console(highlight=False).print(Text(f"removed {model}: {megabytes(freed)} freed"))
+        Console(highlight=False).print(Text(f"removed {model}: {readable(freed)} freed"))
 
 
 def _print(summary: ModelSummary, *, as_json: bool) -> None:
@@ -67,25 +67,26 @@ def _print(summary: ModelSummary, *, as_json: bool) -> None:
     console.print(Text(f"{summary.name} in {summary.dtype}", style="bold"))
     view = _table("file", "size", "here")
     for one in summary.files:
-        view.add_row(Text(one.name), megabytes(one.size), "yes" if one.cached else "no")
+        view.add_row(Text(one.name), readable(one.size), "yes" if one.cached else "no")
     console.print(view)
     console.print(
-        f"{megabytes(summary.size)} in all, {megabytes(summary.to_download)} to download;"
+        f"{readable(summary.size)} in all, {readable(summary.to_download)} to download;"
         f" it has {', '.join(summary.dtypes)}",
         style="dim",
     )
 
 
-def megabytes(size: int) -> str:
+def readable(size: int) -> str:
     """Bytes for people.
 
     Example:
-        >>> megabytes(22_713_216), megabytes(642)
-        ('22.7 MB', '642 B')
+        >>> readable(22_713_216), readable(642), readable(20_000_000_000)
+        ('22.7 MB', '642 B', '20.0 GB')
     """
     if size < 1000:
         return f"{size} B"
-    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
+    unit, count = ("kB", 1e3) if size < 1e6 else ("MB", 1e6) if size < 1e9 else ("GB", 1e9)
+    return f"{size / count:,.1f} {unit}"
 
 
 def _table(*columns: str) -> Table:

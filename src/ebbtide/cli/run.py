@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import ebbtide
 from ebbtide.cli import results
 from ebbtide.cli.words import Value, example, groups, split
 from ebbtide.errors import InputError
+from ebbtide.factory import PipelineOptions
 from ebbtide.pipelines import Pipeline, find
 
 
@@ -21,9 +23,7 @@ def run(
     literal: Sequence[str],
     *,
     model: str | None,
-    dtype: str | None,
-    device: str,
-    revision: str,
+    options: PipelineOptions,
     as_json: bool,
 ) -> None:
     """Run a task on texts, and print what comes out as it comes.
@@ -33,21 +33,22 @@ def run(
         words: Texts, and options of the task's call, as they were typed.
         literal: Texts that were typed after ``--``.
         model: The model, or None for the task's default.
-        dtype: Which of its files.
-        device: Where to run.
-        revision: Which version of a model on the hub.
+        options: The pipeline's. Texts that were typed are over before a prepared copy could be made
+            beside them: for them none is made unless it is asked for.
         as_json: One JSON line a text, and nothing else on standard output.
     """
-    texts, options = split(task, words)
+    texts, call = split(task, words)
     texts += literal
     piped = not texts
     if piped and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError(
             f"There is no text. Pass some ({example(task)}), or pipe lines to standard input."
         )
+    if not piped and options.get("prepare") is None and "EBBTIDE_PREPARE" not in os.environ:
+        options["prepare"] = False
     view = results.VIEWS[find(task).name]
-    with ebbtide.pipeline(task, model, dtype=dtype, device=device, revision=revision) as pipe:
-        found = _results(pipe, _lines() if piped else iter(texts), options)
+    with ebbtide.pipeline(task, model, **options) as pipe:
+        found = _results(pipe, _lines() if piped else iter(texts), call)
         try:
             if as_json or piped or not sys.stdout.isatty():
                 form = results.json_line if as_json else results.plain_rows

@@ -16,7 +16,7 @@ Value = bool | int | str | list[str] | None
 Kind = Literal["flag", "number", "word", "text", "texts"]
 
 _BOOLEANS: Final = {"true": True, "false": False}
-_OWN: Final = ("model", "dtype", "device", "json")
+_OWN: Final = ("model", "dtype", "device", "revision", "prepare", "json")
 _EXAMPLES: Final = {
     "feature-extraction": '"The tide goes out." --pooling mean --normalize',
     "text-classification": '"What a lovely day."',

@@ -81,6 +81,32 @@ class ModelSummary:
         return sum(one.size for one in self.files if not one.cached)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A model's prepared copy.
+
+    Attributes:
+        model: The model.
+        file: Which of its files.
+        dtype: What that file is in.
+        key: The copy's name in the store.
+        size: Bytes on the disk.
+        anonymous: Bytes of anonymous memory that its session takes, loaded and after a run, as they
+            were measured when it was made; a tokenizer's come on top.
+        seconds: How long making it took.
+        made: Whether it was made by this call; else it was there.
+    """
+
+    model: str
+    file: str
+    dtype: str
+    key: str
+    size: int
+    anonymous: int
+    seconds: float
+    made: bool
+
+
 def cached_models(cache_dir: str | os.PathLike[str] | None = None) -> list[CachedModel]:
     """The models in the cache that all Hugging Face libraries share, by name.
 

@@ -16,6 +16,7 @@ from ebbtide.cli.demo.story import QUESTIONS, ROUND_PASSAGES, Answer, Life, Stor
 _NEXT = (
     'ebbtide demo "Why go hiking?"',
     'ebbtide run feature-extraction "The tide goes out." --json',
+    "ebbtide cache list",
     "ebbtide info",
 )
 
@@ -42,6 +43,7 @@ def demo(question: str | None, *, as_json: bool) -> None:
     paper.note(f"All passages were embedded in {story.embedding_seconds:.1f} s.")
     paper.life(story)
     paper.rounds(story)
+    paper.prepared(story)
     paper.title("Next")
     for command in _NEXT:
         paper.line(Text(command, style="green"))
@@ -112,6 +114,20 @@ class _Paper:
             f" {story.drift / 1e6:+.1f} MB.",
             style="bold",
         )
+
+    def prepared(self, story: Story) -> None:
+        if story.prepared is None:
+            return
+        self.title("And from its prepared copy, whose weights are mapped and not copied")
+        most = max(story.life.loaded, story.life.working)
+        for name, count, style in (
+            ("before", story.rounds[-1].disposed, "green"),
+            ("loaded", story.prepared.loaded, "yellow"),
+            ("disposed", story.prepared.disposed, "green"),
+        ):
+            bar = self.full * self._columns(count, most)
+            self.line(Text.assemble(f"{name:<10}", (bar, style), f" {count / 1e6:.1f}"))
+        self.note("Every pipeline has one made in the background when its model is first loaded.")
 
     def _round(self, number: int, life: Life, most: int) -> Text:
         stays = self._columns(life.disposed, most)

@@ -5,8 +5,10 @@ Every figure is a reading of `ebbtide.memory.anonymous_bytes` in this process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ import ebbtide
 from ebbtide import runtime
 from ebbtide.cli.demo.minilm import NAME
 from ebbtide.memory import anonymous_bytes, reclaim
+from ebbtide.pipelines import FeatureExtractionPipeline
 from ebbtide.receipts import DisposalReceipt
 
 QUESTIONS: Final = (
@@ -85,12 +88,14 @@ class Story:
         start: Anonymous bytes before the first model: Python, Ebbtide and ONNX Runtime, started.
         life: The life that answered the questions.
         rounds: The same model loaded, run and disposed again.
+        prepared: Its life from its prepared copy; None where none could be made.
         embedding_seconds: What embedding all passages took.
     """
 
     start: int
     life: Life
     rounds: tuple[Life, ...]
+    prepared: Life | None
     embedding_seconds: float
 
     @property
@@ -105,6 +110,19 @@ def passages() -> list[Passage]:
     return [Passage(**one) for one in json.loads(text)]
 
 
+@contextlib.contextmanager
+def _store_of_its_own() -> Iterator[None]:
+    """Have prepared copies made for the demo alone, and only when it says so."""
+    before = ebbtide.settings.cache_dir, ebbtide.settings.prepare
+    with tempfile.TemporaryDirectory(prefix="ebbtide-demo-") as folder:
+        ebbtide.settings.cache_dir, ebbtide.settings.prepare = folder, "off"
+        try:
+            yield
+        finally:
+            ebbtide.settings.cache_dir, ebbtide.settings.prepare = before
+
+
+@_store_of_its_own()
 def tell(library: list[Passage], questions: list[str], answered: Callable[[Answer], None]) -> Story:
     """Run the demo.
 
@@ -120,7 +138,7 @@ def tell(library: list[Passage], questions: list[str], answered: Callable[[Answe
     runtime.start()
     reclaim(collect=True)
     start = anonymous_bytes()
-    with ebbtide.pipeline("feature-extraction", NAME) as embed:
+    with ebbtide.pipeline("feature-extraction", NAME, prepare=False) as embed:
         loaded = anonymous_bytes()
         began = time.perf_counter()
         vectors = embed(texts)
@@ -130,7 +148,8 @@ def tell(library: list[Passage], questions: list[str], answered: Callable[[Answe
         working = anonymous_bytes()
         receipt = embed.dispose()
     life = Life(loaded, working, anonymous_bytes(), receipt)
-    return Story(start, life, tuple(_rounds(texts[:ROUND_PASSAGES])), seconds)
+    rounds = tuple(_rounds(texts[:ROUND_PASSAGES]))
+    return Story(start, life, rounds, _prepared(texts[:ROUND_PASSAGES]), seconds)
 
 
 def _nearest(
@@ -144,9 +163,20 @@ def _nearest(
 
 def _rounds(texts: list[str]) -> Iterator[Life]:
     for _ in range(ROUNDS):
-        with ebbtide.pipeline("feature-extraction", NAME) as embed:
-            loaded = anonymous_bytes()
-            embed(texts)
-            working = anonymous_bytes()
-            receipt = embed.dispose()
-        yield Life(loaded, working, anonymous_bytes(), receipt)
+        with ebbtide.pipeline("feature-extraction", NAME, prepare=False) as embed:
+            yield _life(embed, texts)
+
+
+def _prepared(texts: list[str]) -> Life | None:
+    with ebbtide.pipeline("feature-extraction", NAME, prepare="now") as embed:
+        there = any(one.source == "prepared" for one in embed.memory.holdings)
+        life = _life(embed, texts)
+    return life if there else None
+
+
+def _life(embed: FeatureExtractionPipeline, texts: list[str]) -> Life:
+    loaded = anonymous_bytes()
+    embed(texts)
+    working = anonymous_bytes()
+    receipt = embed.dispose()
+    return Life(loaded, working, anonymous_bytes(), receipt)
