@@ -138,7 +138,7 @@ def tell(library: list[Passage], questions: list[str], answered: Callable[[Answe
     runtime.start()
     reclaim(collect=True)
     start = anonymous_bytes()
-    with ebbtide.pipeline("feature-extraction", NAME, prepare=False) as embed:
+    with ebbtide.pipeline("feature-extraction", NAME) as embed:
         loaded = anonymous_bytes()
         began = time.perf_counter()
         vectors = embed(texts)
@@ -163,7 +163,7 @@ def _nearest(
 
 def _rounds(texts: list[str]) -> Iterator[Life]:
     for _ in range(ROUNDS):
-        with ebbtide.pipeline("feature-extraction", NAME, prepare=False) as embed:
+        with ebbtide.pipeline("feature-extraction", NAME) as embed:
             yield _life(embed, texts)
 
 
