@@ -239,7 +239,7 @@ def _ask(request: str, token: CancelToken) -> str:
     if home not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         paths = (home, environment.get("PYTHONPATH"))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    with subprocess.Popen(
+    with subprocess.Popen(  # noqa: S603 - a Python that runs a literal of ours
         [sys.executable, "-P", "-c", _CHILD],  # -P: no module of the current folder's
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
