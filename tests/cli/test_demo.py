@@ -44,6 +44,9 @@ def test_the_memory_of_the_demo_comes_back_and_does_not_grow(ebbtide_run: Any) -
         assert one["loaded"] > life["disposed"] + 15 * MB
         assert abs(one["disposed"] - life["disposed"]) < 2 * MB
         assert one["receipt"]["verified"], one["receipt"]["reasons"]
+    prepared = memory["prepared"]
+    assert prepared["loaded"] < life["disposed"] + 15 * MB < life["loaded"]
+    assert prepared["receipt"]["verified"], prepared["receipt"]["reasons"]
     assert memory["drift"] == memory["rounds"][-1]["disposed"] - life["disposed"]
     assert abs(memory["drift"]) < MB
 

@@ -111,18 +111,19 @@ def passages() -> list[Passage]:
 
 
 @contextlib.contextmanager
-def _store_of_its_own() -> Iterator[None]:
-    """Have prepared copies made for the demo alone, and only when it says so."""
-    before = ebbtide.settings.cache_dir, ebbtide.settings.prepare
+def _settings_of_its_own() -> Iterator[None]:
+    """Have nothing happen beside the story: no copy is made, nor memory given back, by itself."""
+    settings = ebbtide.settings
+    before = settings.cache_dir, settings.prepare, settings.idle_trim
     with tempfile.TemporaryDirectory(prefix="ebbtide-demo-") as folder:
-        ebbtide.settings.cache_dir, ebbtide.settings.prepare = folder, "off"
+        settings.cache_dir, settings.prepare, settings.idle_trim = folder, "off", None
         try:
             yield
         finally:
-            ebbtide.settings.cache_dir, ebbtide.settings.prepare = before
+            settings.cache_dir, settings.prepare, settings.idle_trim = before
 
 
-@_store_of_its_own()
+@_settings_of_its_own()
 def tell(library: list[Passage], questions: list[str], answered: Callable[[Answer], None]) -> Story:
     """Run the demo.
 
