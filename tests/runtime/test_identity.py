@@ -99,8 +99,18 @@ def test_a_file_that_was_written_a_moment_ago_is_not_remembered(
 def test_a_memory_that_cannot_be_written_only_costs_time(model: Path, tmp_path: Path) -> None:
     memory = tmp_path / "file"
     memory.write_text("no folder")
-    assert contents(model, memory, compute=True) is not None
-    assert contents(model, memory, compute=False) is None
+    found = contents(model, memory, compute=True)
+    assert found is not None
+    assert contents(model, memory, compute=False) == found  # in this process
+
+
+def test_other_users_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_sealed(tmp_path / "note.json", {"a": 1})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "note.json").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx_data"])

@@ -14,7 +14,6 @@ import json
 import mmap
 import os
 import re
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +46,10 @@ class _Known:
     size: int
     sha256: str
     external: tuple[str, ...]
+
+
+_hashed: dict[Path, _Known] = {}
+"""What could not be remembered on the disk, as in an image whose store is read-only."""
 
 
 def contents(graph: Path, memory: Path, *, compute: bool) -> tuple[Content, ...] | None:
@@ -85,6 +88,8 @@ def _known(path: Path, memory: Path, *, compute: bool, is_graph: bool) -> _Known
     marks = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
     note = memory / f"{hashlib.sha256(f'{marks}:{is_graph}'.encode()).hexdigest()[:32]}.json"
     told = read_sealed(note)
+    if told is None and note in _hashed:
+        return _hashed[note]
     if told is not None:
         with contextlib.suppress(OSError):
             os.utime(note)  # so that pruning sees that it is of use
@@ -100,7 +105,7 @@ def _known(path: Path, memory: Path, *, compute: bool, is_graph: bool) -> _Known
             memory.mkdir(parents=True, exist_ok=True)
             write_sealed(note, {"sha256": found.sha256, "external": list(external)})
         except OSError:
-            pass  # it is hashed again next time
+            _hashed[note] = found  # the next process hashes it again
     return found
 
 
@@ -157,7 +162,9 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Write a small JSON file, whole or not at all, so that a change of any bit is seen."""
     line = json.dumps(content, sort_keys=True)
     seal = hashlib.sha256(line.encode()).hexdigest()
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    name = path.with_name(f".{path.name}.{os.getpid()}.{time.time_ns()}")
+    # Not by tempfile: other users may read it, as far as the umask lets them.
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(f"{line}\n{seal}\n")
