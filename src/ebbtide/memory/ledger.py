@@ -339,12 +339,11 @@ class Ledger:
         change, quiet = window.close()
         entry.charge, entry.quiet = max(0, change), quiet
         key = (entry.key, value.source)
-        if value.measured is not None:
-            entry.charge, entry.quiet = value.measured, True
-        elif quiet:
+        if quiet:
             self._quiet_charges[key] = entry.charge
         else:
-            entry.charge = self._quiet_charges.get(key, entry.charge)
+            known = self._quiet_charges.get(key, value.measured)
+            entry.charge = entry.charge if known is None else known
 
     def rest(self, entry: _Entry) -> Sequence[Remains]:
         """One less has use of a thing; the last frees it for now. Called by leases only."""
