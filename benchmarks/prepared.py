@@ -170,9 +170,7 @@ class Ebbtide:
     def load(self, wanted: str = "off") -> None:
         """Make the session."""
         self.lease = self._there(
-            lambda: self.runtime.acquire(
-                self.path, "cpu", self.options, self.token, size=0, wanted=wanted
-            )
+            lambda: self.runtime.acquire(self.path, "cpu", self.options, self.token, wanted=wanted)
         )
         value = self.lease.value
         self.outputs = [one.name for one in value.outputs]

@@ -14,7 +14,6 @@ from ebbtide.errors import unknown_option
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Disposable, Lifecycle
 from ebbtide.memory.ledger import Holding, Lease, activity
-from ebbtide.memory.reaper import reaper
 from ebbtide.models.text_encoder import Outputs, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.runtime import Job, native_threads
@@ -214,7 +213,6 @@ def _charged(
         change, quiet = window.close()
         if quiet:
             lifecycle.working = max(0, lifecycle.working + change - size)
-        reaper.ran()
 
 
 def _size(result: object) -> int:

@@ -189,6 +189,7 @@ class GraphSession(Native):
             with self._lock:
                 use.running -= 1
                 last = use.retired and not use.running
+            reaper.ran()
             if last:
                 use.close()
                 reaper.later(_trim)
