@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from ebbtide._settings import settings
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import DisposalError
 from ebbtide.lifecycle import Disposable, Lifecycle, Request, State, _live
 from ebbtide.memory import reaper as reaper_module
+from ebbtide.memory.ledger import Activity
 from ebbtide.memory.reaper import GRACE, Reaper
 
 
@@ -392,3 +394,69 @@ def test_a_finalizer_may_dispose_on_a_thread_of_ebbtide_that_is_only_starting(
         """.replace("NAME", repr(name))
     )
     assert out.strip() == "True disposed"
+
+
+@pytest.fixture
+def held(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The process's bytes, the last of them being what is read; and how often it was trimmed."""
+    found = [100_000_000]
+    monkeypatch.setattr(reaper_module, "anonymous_bytes", lambda: found[-1])
+
+    def trim() -> str:
+        found.append(50_000_000)
+        return "trimmed"
+
+    monkeypatch.setattr(reaper_module.allocator, "trim", trim)
+    monkeypatch.setattr(reaper_module, "activity", Activity())
+    monkeypatch.setattr(settings, "idle_trim", 2.0)
+    return found
+
+
+def test_what_calls_freed_is_given_back_once_nothing_has_run_for_a_while(
+    stage: Stage, held: list[int]
+) -> None:
+    stage.reaper.ran()
+    stage.step(0.0)
+    assert stage.reaper._patience() == 2.0
+    stage.step(1.9)
+    assert held == [100_000_000]
+    stage.step(2.0)
+    assert held == [100_000_000, 50_000_000]
+    assert stage.reaper._patience() is None, "it sleeps until somebody calls again"
+
+
+def test_a_call_in_the_meantime_puts_it_off(stage: Stage, held: list[int]) -> None:
+    stage.reaper.ran()
+    stage.step(0.0)
+    reaper_module.activity.end(reaper_module.activity.begin())
+    stage.reaper.ran()
+    stage.step(2.0)
+    assert len(held) == 1
+    window = reaper_module.activity.begin()
+    stage.step(4.0)
+    stage.step(6.0)
+    assert len(held) == 1, "a call goes on all the time"
+    reaper_module.activity.end(window)
+    stage.step(8.0)
+    assert len(held) == 2
+
+
+def test_a_process_that_has_grown_little_is_not_trimmed_again(
+    stage: Stage, held: list[int]
+) -> None:
+    for now, grown in ((0.0, 0), (10.0, 3_000_000), (20.0, 5_000_000)):
+        held.append(held[-1] + grown)
+        stage.reaper.ran()
+        stage.step(now)
+        stage.step(now + 2.0)
+    assert held[-2:] == [58_000_000, 50_000_000]
+    assert held.count(50_000_000) == 2
+
+
+def test_none_for_idle_trim_never_trims(
+    stage: Stage, held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "idle_trim", None)
+    stage.reaper.ran()
+    stage.step(0.0)
+    assert stage.reaper._patience() is None
