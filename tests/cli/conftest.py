@@ -78,16 +78,20 @@ def ebbtide_run() -> Run:
 
 @pytest.fixture
 def ebbtide_on_terminal() -> Run:
-    """Runs the command to its end on a terminal of 80 columns; standard error is none."""
+    """Runs the command to its end on a terminal of 80 columns; standard error is none.
 
-    def run(*words: str | Path) -> Ended:
+    What is ``typed`` lies there from the start.
+    """
+
+    def run(*words: str | Path, typed: str = "", **environ: str) -> Ended:
         leader, follower = pty.openpty()
+        os.write(leader, typed.encode())
         process = subprocess.Popen(
             [*COMMAND, *map(str, words)],
             stdin=follower,
             stdout=follower,
             stderr=subprocess.PIPE,
-            env=_environment({"COLUMNS": "80", "TERM": "xterm"}),
+            env=_environment({"COLUMNS": "80", "TERM": "xterm", **environ}),
         )
         os.close(follower)
         shown = b""

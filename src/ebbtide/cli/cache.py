@@ -31,6 +31,7 @@ from ebbtide.runtime.prepare import store
 from ebbtide.runtime.store import Entry, Manifest, Store, cpu_features
 
 _KEY_SHOWN: Final = 8
+_NAME_SHOWN: Final = 28
 _ANSWERS: Final = frozenset({"y", "yes"})
 
 
@@ -55,7 +56,8 @@ def entries(*, as_json: bool) -> None:
         ("state", "onnxruntime"),
     )
     for one in found:
-        view.add_row(*(Text("\n".join(cell)) for cell in _cells(one)))
+        style = "bold red" if _is_damaged(one) else ""
+        view.add_row(*(Text("\n".join(cell)) for cell in _cells(one)), style=style)
     console.print(view)
     total = readable(sum(one.size for one in found))
     limit = readable(ebbtide.settings.cache_size)
@@ -245,13 +247,14 @@ def _cells(entry: Entry) -> Iterator[tuple[str, str]]:
     state = "damaged" if _is_damaged(entry) else "in use" if entry.in_use else "ready"
     yield entry.key[:_KEY_SHOWN], ""
     if manifest is None:
-        yield "unknown", ""
+        yield "an unknown model", ""
         yield readable(entry.size), ""
         yield _moment(entry.used), ""
         yield state, ""
         return
     misfit = fits(manifest)
-    yield label(manifest)
+    name, file = label(manifest)
+    yield _short(name), file
     yield readable(entry.size), readable(manifest.anonymous)
     yield _moment(entry.used), f"{_moment(manifest.created)[:10]}, {manifest.seconds:.1f} s"
     yield (
@@ -260,12 +263,20 @@ def _cells(entry: Entry) -> Iterator[tuple[str, str]]:
     )
 
 
+def _short(name: str) -> str:
+    """A model's name; of a long folder the end, which says the most."""
+    folder = Path(name)
+    if len(name) <= _NAME_SHOWN or not folder.is_absolute():
+        return name
+    return str(Path("...", *folder.parts[-2:]))
+
+
 def _moment(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
 
 
 def _title(entry: Entry) -> str:
-    return ", ".join(label(entry.manifest)) if entry.manifest is not None else "of a model unknown"
+    return ", ".join(label(entry.manifest)) if entry.manifest is not None else "an unknown model"
 
 
 def _chosen(here: Store, keys: Sequence[str]) -> list[Entry]:
@@ -354,8 +365,10 @@ def _say_removed(
     most = "" if limit is None else f", of at most {readable(limit)}"
     if removed:
         _say(console, f"{readable(freed)} freed; {readable(stay)} stay{most}", style="dim")
-    else:
+    elif rest:
         _say(console, f"nothing was removed: {readable(stay)} stay{most}", style="dim")
+    else:
+        _say(console, "there is no prepared model")
 
 
 def _asks() -> bool:
