@@ -271,8 +271,15 @@ class Lifecycle:
             return  # no lock is needed: who has it sleep makes it drowsy, then looks at `running`
         with self.turn:
             if self._phase is State.SLEEPING:
-                for resource in tuple(self.resources):
-                    resource.wake(token)
+                resources = tuple(self.resources)
+                try:
+                    for resource in reversed(resources):  # tokenizers last: they may be awake
+                        resource.wake(token)
+                except BaseException:
+                    for resource in resources:
+                        if resource.kind == "session":
+                            resource.sleep()
+                    raise
                 self.state = State.READY
 
     def own(self, resource: Releasable) -> None:

@@ -47,6 +47,7 @@ _TIMES_THE_SIZE: Final = 4
 """Disk and memory that have to be free, as a multiple of the original: q4 takes 2.7 times."""
 
 _CHILD: Final = "from ebbtide.runtime import prepare; prepare.main()"
+_NO_PYTHON: Final = "this program is not run by a Python of its own"
 _ENDED: Final = "the process that makes it ended early"
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 
@@ -77,8 +78,8 @@ def cannot(size: int, *, asked: bool = False) -> str | None:
         size: Bytes of the graph and its data.
         asked: Somebody asks for this copy, so that he may have it in memory too.
     """
-    if getattr(sys, "frozen", False) or not sys.executable:
-        return "this program is not run by a Python of its own"
+    if not _has_python():
+        return _NO_PYTHON
     root = store().root
     there = next((one for one in (root, *root.parents) if one.exists()), root)
     if not there.is_dir():
@@ -88,6 +89,11 @@ def cannot(size: int, *, asked: bool = False) -> str | None:
     if not asked and _file_system(there) in _IN_MEMORY:
         return f"{there} is memory, not a disk"
     return _short(there, size)
+
+
+def _has_python() -> bool:
+    """Whether there is a Python to run: a frozen program would start itself again."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
 def _short(there: Path, size: int) -> str | None:
@@ -214,6 +220,8 @@ def _outcome(graph: Path, options: SessionOptions, token: CancelToken) -> dict[s
     Raises:
         PipelineCancelledError: The token was cancelled.
     """
+    if not _has_python():
+        return {"error": _NO_PYTHON, "known": True}
     request = {
         "graph": str(graph.absolute()),
         "root": str(store().root.absolute()),
