@@ -98,7 +98,8 @@ class Bars:
 
 
 @functools.cache
-def _bar_class() -> Any:
+def bar_class() -> Any:
+    """Tqdm's bar, without the thread of its own."""
     from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -108,4 +109,4 @@ def _bar_class() -> Any:
 
 
 def _bar(file: str, total: int) -> Any:
-    return _bar_class()(desc=file, total=total, unit="B", unit_scale=True, file=sys.stderr)
+    return bar_class()(desc=file, total=total, unit="B", unit_scale=True, file=sys.stderr)

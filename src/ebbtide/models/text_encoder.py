@@ -26,6 +26,9 @@ from ebbtide.runtime import GraphSession, SessionOptions, TensorInfo, Waiting, d
 
 _FED: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
+_DYNAMIC: Final = frozenset({"q8", "int8", "uint8"})
+"""Dtypes whose files are quantised dynamically: each run finds a scale for its activations."""
+
 Outputs = tuple[tuple[str, ...], ...]
 """What a task needs of a graph: for each output, its possible names in the order of preference."""
 
@@ -185,6 +188,11 @@ class TextEncoder:
                 model=self.name,
             )
         return labels
+
+    @property
+    def shares_scales(self) -> bool:
+        """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
+        return self.dtype in _DYNAMIC
 
     def forward(self, batch: Batch, token: CancelToken) -> list[NDArray[Any]]:
         """What the graph gives for a batch: one array an output of the task.

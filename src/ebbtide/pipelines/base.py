@@ -2,25 +2,73 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import queue
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import aclosing, closing, suppress
+from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ebbtide.cancellation import CancelToken
+from ebbtide.cancellation import CancelToken, patiently
 from ebbtide.errors import unknown_option
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Disposable, Lifecycle
 from ebbtide.memory.ledger import Holding, Lease, activity
+from ebbtide.models.batching import WINDOW, Work, answers
 from ebbtide.models.text_encoder import Outputs, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
+from ebbtide.pipelines.inputs import Many
+from ebbtide.pipelines.progress import watched
 from ebbtide.runtime import Job, native_threads
 
 ResultT = TypeVar("ResultT")
-ItemT = TypeVar("ItemT")
-Prepare = Callable[[object], Callable[[CancelToken], Any]]
+
+Read = tuple[Sequence[Any], bool]
+"""One input as a task reads it: the texts of a list, or one; and whether it was one alone."""
+
+Step = tuple[int, list[Any]]
+"""After a batch: how many texts have been run, and the results that are new."""
+
+
+def one_or_all(results: list[Any], alone: bool) -> Any:
+    """The results of a list as a list, and of one text as it is."""
+    return results[0] if alone else results
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a task, its options understood.
+
+    Attributes:
+        read: Checks an input, on the caller's thread.
+        work: What is done for each of its texts.
+        many: How several run.
+        collect: The result of one input, from those of its texts.
+    """
+
+    read: Callable[[object], Read]
+    work: Work
+    many: Many
+    collect: Callable[[list[Any], bool], Any] = one_or_all
+
+    @property
+    def ahead(self) -> int:
+        """How many inputs of an iterator are taken before the first of them is answered."""
+        return self.many.window or self.many.batch_size or 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,36 +187,133 @@ class Pipeline(Disposable):
         """What the task needs of the model's files beside the graph; read once, at the load."""
         return None
 
-    def _answer(self, inputs: object, prepare: Prepare) -> Any:
-        """The result for inputs; for an iterator, an iterator of the results of each.
-
-        Args:
-            inputs: What the user passed.
-            prepare: Checks an input, on the caller's thread, and gives the work of a native one.
-        """
+    def _answer(self, inputs: object, call: Call) -> Any:
+        """The result for inputs; for an iterator, an iterator of the results of each."""
         if isinstance(inputs, Iterator):
-            return self._stream(inputs, prepare)
-        return self._submit(prepare(inputs)).wait()
+            return self._stream(inputs, call)
+        some = [call.read(inputs)]
+        if call.many.progress is False:
+            return self._submit(lambda token: self._run(some, call, token)[0]).wait()
+        found: list[Any] = []
+        with (
+            watched(call.many.progress, self.task, len(some[0][0])) as tell,
+            closing(self._steps(some, call)) as steps,
+        ):
+            for done, results in steps:
+                tell(done)
+                found += results
+        return found[0]
 
-    async def _aanswer(self, inputs: object, prepare: Prepare) -> Any:
+    async def _aanswer(self, inputs: object, call: Call) -> Any:
         """The same on an event loop, for iterators of either kind."""
         if isinstance(inputs, Iterator | AsyncIterable):
-            return self._astream(inputs, prepare)
-        return await self._submit(prepare(inputs)).result()
+            return self._astream(inputs, call)
+        some = [call.read(inputs)]
+        if call.many.progress is False:
+            return await self._submit(lambda token: self._run(some, call, token)[0]).result()
+        found: list[Any] = []
+        with watched(call.many.progress, self.task, len(some[0][0])) as tell:
+            async with aclosing(self._asteps(some, call)) as steps:
+                async for done, results in steps:
+                    tell(done)
+                    found += results
+        return found[0]
 
-    def _stream(self, inputs: Iterator[object], prepare: Prepare) -> Iterator[Any]:
-        for one in inputs:
-            yield self._submit(prepare(one)).wait()
+    def _stream(self, inputs: Iterator[object], call: Call) -> Iterator[Any]:
+        count = 0
+        with watched(call.many.progress, self.task, None) as tell:
+            for some in _windows(inputs, call):
+                for _, results in self._steps(some, call):
+                    for one in results:
+                        count += 1
+                        tell(count)
+                        yield one
 
     async def _astream(
-        self, inputs: Iterator[object] | AsyncIterable[object], prepare: Prepare
+        self, inputs: Iterator[object] | AsyncIterable[object], call: Call
     ) -> AsyncIterator[Any]:
-        if isinstance(inputs, AsyncIterable):
-            async for one in inputs:
-                yield await self._submit(prepare(one)).result()
-        else:
-            for one in inputs:
-                yield await self._submit(prepare(one)).result()
+        count = 0
+        with watched(call.many.progress, self.task, None) as tell:
+            async for some in _awindows(inputs, call):
+                async with aclosing(self._asteps(some, call)) as steps:
+                    async for _, results in steps:
+                        for one in results:
+                            count += 1
+                            tell(count)
+                            yield one
+
+    def _steps(self, some: Sequence[Read], call: Call) -> Generator[Step, None, None]:
+        """What `_run` tells while it runs, on the caller's thread, which may take its time."""
+        told: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        job = self._submit(lambda token: self._run(some, call, token, told.put))
+        job.on_done(lambda: told.put(None))
+        try:
+            while (step := told.get()) is not None:
+                yield step
+        except GeneratorExit:
+            job.token.cancel()  # and no waiting: it may be a finalizer that closes this
+            raise
+        except BaseException:
+            job.token.cancel()
+            with suppress(Exception):
+                job.wait()
+            raise
+        job.wait()
+
+    async def _asteps(self, some: Sequence[Read], call: Call) -> AsyncGenerator[Step, None]:
+        """The same on an event loop."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[Step | None] = asyncio.Queue()
+
+        def tell(step: Step | None) -> None:
+            with suppress(RuntimeError):  # the loop was closed while we worked
+                loop.call_soon_threadsafe(told.put_nowait, step)
+
+        job = self._submit(lambda token: self._run(some, call, token, tell))
+        job.on_done(lambda: tell(None))
+        try:
+            while (step := await told.get()) is not None:
+                yield step
+        except BaseException:
+            job.token.cancel()
+            await patiently(job.on_done, job.token.cancel)
+            raise
+        await job.result()
+
+    def _run(
+        self,
+        some: Sequence[Read],
+        call: Call,
+        token: CancelToken,
+        tell: Callable[[Step], object] = lambda step: None,
+    ) -> list[Any]:
+        """The results of some inputs, each a text or a list; on a native thread.
+
+        Args:
+            some: The inputs.
+            call: What is done with them.
+            token: The way to stop it.
+            tell: Told after each batch how many texts have been run, and which results are new.
+        """
+        size = call.many.batch_size or (1 if self._model.shares_scales else None)
+        window = call.many.window or WINDOW
+        found: list[Any] = []
+        for together in [[one] for one in some] if call.work.one_width else [some]:
+            items = [item for items, _ in together for item in items]
+            waiting = deque(together)
+            known: list[Any] = []
+            for done, answered in answers(
+                self._model, call.work, items, token, size=size, window=window
+            ):
+                known += answered
+                new = []
+                while waiting and len(known) >= len(waiting[0][0]):
+                    inputs, alone = waiting.popleft()
+                    new.append(call.collect(known[: len(inputs)], alone))
+                    del known[: len(inputs)]
+                found += new
+                tell((done, new))
+        return found
 
     def _submit(self, work: Callable[[CancelToken], ResultT]) -> Job[ResultT]:
         """Let one call in, and hand its work to a native thread."""
@@ -185,17 +330,31 @@ class Pipeline(Disposable):
             leave()
             raise
 
-    def _batches(
-        self, items: Sequence[ItemT], size: int, token: CancelToken
-    ) -> Iterator[Sequence[ItemT]]:
-        """So many of the items at a time, until the call is cancelled."""
-        for start in range(0, len(items), size):
-            token.check()
-            yield items[start : start + size]
-
     def _unknown(self, options: dict[str, Any], known: tuple[str, ...]) -> None:
         for option in options:
             raise unknown_option(option, known, where=self._lifecycle.label)
+
+
+def _windows(inputs: Iterator[object], call: Call) -> Iterator[list[Read]]:
+    while some := [call.read(one) for one in islice(inputs, call.ahead)]:
+        yield some
+
+
+async def _awindows(
+    inputs: Iterator[object] | AsyncIterable[object], call: Call
+) -> AsyncIterator[list[Read]]:
+    if isinstance(inputs, Iterator):
+        for some in _windows(inputs, call):
+            yield some
+        return
+    some = []
+    async for one in inputs:
+        some.append(call.read(one))
+        if len(some) == call.ahead:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _charged(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar, Final, Literal, Never, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, unknown_value
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
+from ebbtide.models.batching import Work
 from ebbtide.models.sentence import SENTENCE_FILES, SentenceRecipe, read_recipe
 from ebbtide.models.text_encoder import FEATURES, Outputs, TextEncoder
-from ebbtide.models.tokenizer import Batch
+from ebbtide.models.tokenizer import Batch, Tokenizer
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines import pooling as pool
-from ebbtide.pipelines.base import Pipeline
+from ebbtide.pipelines.base import Call, Pipeline
+from ebbtide.pipelines.progress import Progress
 
 Pooling = Literal[
     "auto", "none", "mean", "cls", "first_token", "eos", "last_token", "max", "mean_sqrt_len",
@@ -29,7 +30,15 @@ Vectors = NDArray[Any]
 
 _POOLINGS: Final[tuple[str, ...]] = get_args(Pooling)
 _PRECISIONS: Final[tuple[str, ...]] = get_args(Precision)
-_OPTIONS: Final = ("pooling", "normalize", "quantize", "precision", "batch_size")
+_OPTIONS: Final = (
+    "pooling",
+    "normalize",
+    "quantize",
+    "precision",
+    "batch_size",
+    "window",
+    "progress",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,8 +48,8 @@ class _Options:
     poolings: tuple[str, ...]
     normalize: bool
     precision: Precision | None
-    batch_size: int
     limit: int | None
+    many: given.Many
 
 
 class FeatureExtractionPipeline(Pipeline):
@@ -77,7 +86,9 @@ class FeatureExtractionPipeline(Pipeline):
         normalize: bool | None = ...,
         quantize: bool = ...,
         precision: Precision = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Vectors: ...
 
     @overload
@@ -89,7 +100,9 @@ class FeatureExtractionPipeline(Pipeline):
         normalize: bool | None = ...,
         quantize: bool = ...,
         precision: Precision = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Iterator[Vectors]: ...
 
     def __call__(
@@ -100,7 +113,9 @@ class FeatureExtractionPipeline(Pipeline):
         normalize: bool | None = None,
         quantize: bool = False,
         precision: Precision = "binary",
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Vectors | Iterator[Vectors]:
         """Compute the vectors of texts.
@@ -114,7 +129,13 @@ class FeatureExtractionPipeline(Pipeline):
             normalize: Scale each vector to length 1. None: what ``auto`` says, else no.
             quantize: Give one bit a width in place of a float.
             precision: Those bits as ``binary`` (int8) or ``ubinary`` (uint8) bytes.
-            batch_size: How many texts of a list run at once.
+            batch_size: How many texts of a list run at once. None: as many as have about
+                2,048 tokens with padding; of a dynamically quantised model one.
+            window: How many inputs are sorted by length together. None: of a list up to 1,024; of
+                an iterator as many as ``batch_size``, or one, so that each is answered before the
+                next is taken.
+            progress: Tell how many inputs are done: True for a bar, or a function of that number
+                and of how many there are, None where nobody knows.
 
         Returns:
             One array: [texts, width], or [texts, tokens, width] without pooling, in the graph's
@@ -129,7 +150,9 @@ class FeatureExtractionPipeline(Pipeline):
             PipelineCancelledError: A dispose cancelled this call.
         """
         self._unknown(unknown, _OPTIONS)
-        options = self._options(pooling, normalize, quantize, precision, batch_size)
+        options = self._options(
+            pooling, normalize, quantize, precision, given.many(batch_size, window, progress)
+        )
         found: Any = self._answer(inputs, self._vectors(options))
         return found  # type: ignore[no-any-return]
 
@@ -141,7 +164,9 @@ class FeatureExtractionPipeline(Pipeline):
         normalize: bool | None = None,
         quantize: bool = False,
         precision: Precision = "binary",
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Vectors | AsyncIterator[Vectors]:
         """The same as calling, without blocking the event loop.
@@ -150,7 +175,9 @@ class FeatureExtractionPipeline(Pipeline):
         iterator, sync or async, an async iterator comes back.
         """
         self._unknown(unknown, _OPTIONS)
-        options = self._options(pooling, normalize, quantize, precision, batch_size)
+        options = self._options(
+            pooling, normalize, quantize, precision, given.many(batch_size, window, progress)
+        )
         found: Any = await self._aanswer(inputs, self._vectors(options))
         return found  # type: ignore[no-any-return]
 
@@ -160,7 +187,7 @@ class FeatureExtractionPipeline(Pipeline):
         normalize: bool | None,
         quantize: bool,
         precision: str,
-        batch_size: int,
+        many: given.Many,
     ) -> _Options:
         if pooling not in _POOLINGS:
             raise unknown_value("pooling", pooling, _POOLINGS)
@@ -180,29 +207,24 @@ class FeatureExtractionPipeline(Pipeline):
             poolings=poolings,
             normalize=also_normalize if normalize is None else normalize,
             precision=precision if quantize else None,  # type: ignore[arg-type]
-            batch_size=given.batch_size(batch_size),
+            many=many,
             limit=limit,
         )
 
-    def _vectors(self, options: _Options) -> Callable[[object], Callable[[CancelToken], Vectors]]:
-        def prepare(inputs: object) -> Callable[[CancelToken], Vectors]:
-            texts, _ = given.texts(inputs)
-            return lambda token: self._compute(texts, options, token)
-
-        return prepare
-
-    def _compute(self, texts: list[str], options: _Options, token: CancelToken) -> Vectors:
-        whole = self._model.tokenizer.batch(texts, limit=options.limit)
+    def _vectors(self, options: _Options) -> Call:
+        tokenizer = self._model.tokenizer
         by_token = options.poolings == ("none",)
-        parts = []
-        for start in range(0, len(texts), options.batch_size):
-            token.check()
-            batch = whole.rows(start, start + options.batch_size, keep_width=by_token)
-            parts.append(self._forward(batch, options, token))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        # A dynamically quantised graph gives each text what it gives it alone, so without padding.
+        one_width = by_token and not (self._model.shares_scales and options.many.batch_size is None)
+        work = Work(
+            encode=lambda text: [tokenizer.encode(text, limit=options.limit).tokens()],
+            keep=lambda rows, batch, outputs: self._kept(batch, outputs[0], options),
+            answer=lambda text, rows, kept: kept[0],
+            one_width=one_width,
+        )
+        return Call(given.texts, work, options.many, lambda rows, alone: _stacked(rows, tokenizer))
 
-    def _forward(self, batch: Batch, options: _Options, token: CancelToken) -> Vectors:
-        (vectors,) = self._model.forward(batch, token)
+    def _kept(self, batch: Batch, vectors: Vectors, options: _Options) -> Vectors:
         if options.poolings != ("none",):
             pooled = [pool.POOLINGS[one](vectors, batch.attention_mask) for one in options.poolings]
             vectors = pooled[0] if len(pooled) == 1 else np.concatenate(pooled, axis=-1)
@@ -216,3 +238,14 @@ class FeatureExtractionPipeline(Pipeline):
                 value=vectors.shape[-1],
             )
         return pool.binary(vectors) if options.precision == "binary" else pool.ubinary(vectors)
+
+
+def _stacked(rows: Sequence[Vectors], tokenizer: Tokenizer) -> Vectors:
+    """One array of the texts' own; shorter ones are filled up with zeros."""
+    width = max(map(len, rows))
+    if all(len(one) == width for one in rows):
+        return np.stack(rows)
+    found = np.zeros((len(rows), width, *rows[0].shape[1:]), rows[0].dtype)
+    for place, one in zip(found, rows, strict=True):
+        place[width - len(one) if tokenizer.pads_left else 0 :][: len(one)] = one
+    return found

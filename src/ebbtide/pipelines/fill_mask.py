@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar, Final, Never, TypedDict, overload
 
 import numpy as np
 
-from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, UnsupportedModelError
 from ebbtide.hub import ModelFiles
+from ebbtide.models.batching import Work, unpadded
 from ebbtide.models.text_encoder import LOGITS, Outputs, TextEncoder
-from ebbtide.models.tokenizer import Encoding
+from ebbtide.models.tokenizer import Batch, Tokens
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines import scores as scoring
-from ebbtide.pipelines.base import Pipeline
+from ebbtide.pipelines.base import Call, Pipeline
+from ebbtide.pipelines.progress import Progress
 
 log = logging.getLogger("ebbtide.pipelines")
 
-_OPTIONS: Final = ("top_k", "targets", "batch_size")
+_OPTIONS: Final = ("top_k", "targets", "batch_size", "window", "progress")
 
 
 class Filling(TypedDict):
@@ -69,7 +71,9 @@ class FillMaskPipeline(Pipeline):
         *,
         top_k: int = ...,
         targets: str | Sequence[str] | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Fillings: ...
 
     @overload
@@ -79,7 +83,9 @@ class FillMaskPipeline(Pipeline):
         *,
         top_k: int = ...,
         targets: str | Sequence[str] | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> list[Fillings]: ...
 
     @overload
@@ -89,7 +95,9 @@ class FillMaskPipeline(Pipeline):
         *,
         top_k: int = ...,
         targets: str | Sequence[str] | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Iterator[Fillings]: ...
 
     def __call__(
@@ -98,7 +106,9 @@ class FillMaskPipeline(Pipeline):
         *,
         top_k: int = 5,
         targets: str | Sequence[str] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Fillings | list[Fillings] | Iterator[Fillings]:
         """Fill in masks.
@@ -108,7 +118,13 @@ class FillMaskPipeline(Pipeline):
             top_k: How many tokens a mask gets, the likeliest first.
             targets: The only tokens to choose from; of one that the vocabulary does not have as it
                 is, the first piece is taken, and the log says so.
-            batch_size: How many texts of a list run at once.
+            batch_size: How many texts of a list run at once. None: as many as have about
+                2,048 tokens with padding; of a dynamically quantised model one.
+            window: How many inputs are sorted by length together. None: of a list up to 1,024; of
+                an iterator as many as ``batch_size``, or one, so that each is answered before the
+                next is taken.
+            progress: Tell how many inputs are done: True for a bar, or a function of that number
+                and of how many there are, None where nobody knows.
 
         Returns:
             For a text with one mask ``[{"score": ..., "token": id, "token_str": ..., "sequence":
@@ -123,7 +139,9 @@ class FillMaskPipeline(Pipeline):
             PipelineCancelledError: A dispose cancelled this call.
         """
         self._unknown(unknown, _OPTIONS)
-        found: Any = self._answer(inputs, self._fill(top_k, targets, batch_size))
+        found: Any = self._answer(
+            inputs, self._fill(top_k, targets, given.many(batch_size, window, progress))
+        )
         return found  # type: ignore[no-any-return]
 
     async def acall(
@@ -132,44 +150,41 @@ class FillMaskPipeline(Pipeline):
         *,
         top_k: int = 5,
         targets: str | Sequence[str] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Fillings | list[Fillings] | AsyncIterator[Fillings]:
         """The same as calling, without blocking the event loop."""
         self._unknown(unknown, _OPTIONS)
-        found: Any = await self._aanswer(inputs, self._fill(top_k, targets, batch_size))
+        found: Any = await self._aanswer(
+            inputs, self._fill(top_k, targets, given.many(batch_size, window, progress))
+        )
         return found  # type: ignore[no-any-return]
 
-    def _fill(
-        self, top_k: int, targets: object, batch_size: int
-    ) -> Callable[[object], Callable[[CancelToken], Any]]:
+    def _fill(self, top_k: int, targets: object, many: given.Many) -> Call:
         given.count("top_k", top_k)
-        given.batch_size(batch_size)
         wanted = None if targets is None else given.texts(targets, "Target")[0]
+        ids = functools.cache(lambda: None if wanted is None else self._targets(wanted))
 
-        def prepare(inputs: object) -> Callable[[CancelToken], Any]:
-            texts, alone = given.texts(inputs)
+        def keep(
+            rows: Sequence[Tokens], batch: Batch, outputs: list[scoring.Scores]
+        ) -> Iterator[Fillings]:
+            for row, logits in zip(rows, unpadded(batch, *outputs), strict=True):
+                yield self._filled(row, logits, top_k, ids())
 
-            def work(token: CancelToken) -> Any:
-                ids = None if wanted is None else self._targets(wanted)
-                found = []
-                for some in self._batches(texts, batch_size, token):
-                    encodings = [self._masked(text) for text in some]
-                    batch = self._model.tokenizer.pad(encodings)
-                    (logits,) = self._model.forward(batch, token)
-                    for one, mask, row in zip(encodings, batch.attention_mask, logits, strict=True):
-                        found.append(self._filled(one, row[mask.astype(bool)], top_k, ids))
-                return found[0] if alone else found
+        work = Work(
+            encode=lambda text: [self._masked(text)],
+            keep=keep,
+            answer=lambda text, rows, kept: kept[0],
+        )
+        return Call(given.texts, work, many)
 
-            return work
-
-        return prepare
-
-    def _masked(self, text: str) -> Encoding:
+    def _masked(self, text: str) -> Tokens:
         tokenizer = self._model.tokenizer
-        encoding = tokenizer.encode(text)
-        if tokenizer.mask_id in encoding.ids:
-            return encoding
+        found = tokenizer.encode(text).tokens()
+        if tokenizer.mask_id in found.ids:
+            return found
         mask = tokenizer.mask_token
         where = "inside the model's window" if str(mask) in text else "in it"
         raise InputError(
@@ -178,10 +193,10 @@ class FillMaskPipeline(Pipeline):
         )
 
     def _filled(
-        self, encoding: Encoding, logits: scoring.Scores, top_k: int, targets: list[int] | None
+        self, row: Tokens, logits: scoring.Scores, top_k: int, targets: list[int] | None
     ) -> Fillings:
         tokenizer = self._model.tokenizer
-        ids = encoding.ids
+        ids = row.ids
         (places,) = np.nonzero(ids == tokenizer.mask_id)
         alone = len(places) == 1
         found = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ebbtide.errors import InputError, OptionError
+from ebbtide.pipelines.progress import Progress
 
 Texts = list[str] | tuple[str, ...]
 """Several texts. Not `Sequence`: to a type checker, one text is a sequence of texts."""
@@ -73,13 +75,31 @@ def questions(question: object, context: object) -> tuple[list[TextPair], bool]:
     return [_asked({"question": one, "context": other}) for one, other in pairs], False
 
 
-def batch_size(value: object) -> int:
-    """How many inputs run at once.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Many:
+    """How several inputs are to run; see a task's call."""
+
+    batch_size: int | None
+    window: int | None
+    progress: Progress
+
+
+def many(batch_size: object, window: object, progress: object) -> Many:
+    """How several inputs are to run.
 
     Raises:
-        InputError: It is no whole number from 1.
+        InputError: A number is none from 1, or ``progress`` is nothing that can be told.
     """
-    return count("batch_size", value)
+    if not isinstance(progress, bool) and not callable(progress):
+        raise InputError(
+            f"progress takes True, False or a function of two numbers, not {progress!r}.",
+            value=progress,
+        )
+    return Many(
+        None if batch_size is None else count("batch_size", batch_size),
+        None if window is None else count("window", window),
+        progress,
+    )
 
 
 def count(name: str, value: object) -> int:

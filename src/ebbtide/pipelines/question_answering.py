@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, Never, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError
+from ebbtide.models.batching import Work, unpadded
 from ebbtide.models.text_encoder import SPANS, Outputs
-from ebbtide.models.tokenizer import Encoding
+from ebbtide.models.tokenizer import Batch, Encoding
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines import scores as scoring
-from ebbtide.pipelines.base import Pipeline
+from ebbtide.pipelines.base import Call, Pipeline
+from ebbtide.pipelines.progress import Progress
 
 _OPTIONS: Final = (
     "top_k", "doc_stride", "max_seq_len", "max_answer_len", "handle_impossible_answer",
-    "align_to_words", "batch_size",
+    "align_to_words", "batch_size", "window", "progress",
 )  # fmt: skip
 
 _WINDOW: Final = 384
@@ -47,15 +48,7 @@ class _Options:
     longest: int
     impossible: bool
     align: bool
-    batch_size: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Window:
-    """One stretch of a context beside its question."""
-
-    question: int
-    encoding: Encoding
+    many: given.Many
 
 
 class QuestionAnsweringPipeline(Pipeline):
@@ -84,7 +77,9 @@ class QuestionAnsweringPipeline(Pipeline):
         max_answer_len: int = ...,
         handle_impossible_answer: bool = ...,
         align_to_words: bool = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Answer | list[Answer]: ...
 
     @overload
@@ -99,7 +94,9 @@ class QuestionAnsweringPipeline(Pipeline):
         max_answer_len: int = ...,
         handle_impossible_answer: bool = ...,
         align_to_words: bool = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> list[Answer] | list[list[Answer]]: ...
 
     @overload
@@ -113,7 +110,9 @@ class QuestionAnsweringPipeline(Pipeline):
         max_answer_len: int = ...,
         handle_impossible_answer: bool = ...,
         align_to_words: bool = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Iterator[Answer | list[Answer]]: ...
 
     def __call__(
@@ -127,7 +126,9 @@ class QuestionAnsweringPipeline(Pipeline):
         max_answer_len: int = 15,
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Any:
         """Answer questions from contexts.
@@ -146,7 +147,13 @@ class QuestionAnsweringPipeline(Pipeline):
             max_answer_len: Tokens of the longest answer.
             handle_impossible_answer: Let the model say that there is no answer, as ``""``.
             align_to_words: Begin and end an answer at the borders of words.
-            batch_size: How many windows run at once.
+            batch_size: How many windows run at once. None: as many as have about
+                2,048 tokens with padding; of a dynamically quantised model one.
+            window: How many inputs are sorted by length together. None: of a list up to 1,024; of
+                an iterator as many as ``batch_size``, or one, so that each is answered before the
+                next is taken.
+            progress: Tell how many inputs are done: True for a bar, or a function of that number
+                and of how many there are, None where nobody knows.
 
         Returns:
             ``{"score": ..., "start": ..., "end": ..., "answer": ...}``, the answer being
@@ -162,7 +169,7 @@ class QuestionAnsweringPipeline(Pipeline):
         self._unknown(unknown, _OPTIONS)
         options = self._options(
             top_k, doc_stride, max_seq_len, max_answer_len, handle_impossible_answer,
-            align_to_words, batch_size,
+            align_to_words, given.many(batch_size, window, progress),
         )  # fmt: skip
         return self._answer(question, self._reader(context, options))
 
@@ -178,14 +185,16 @@ class QuestionAnsweringPipeline(Pipeline):
         max_answer_len: int = 15,
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Answer | list[Answer] | list[list[Answer]] | AsyncIterator[Any]:  # fmt: skip
         """The same as calling, without blocking the event loop."""
         self._unknown(unknown, _OPTIONS)
         options = self._options(
             top_k, doc_stride, max_seq_len, max_answer_len, handle_impossible_answer,
-            align_to_words, batch_size,
+            align_to_words, given.many(batch_size, window, progress),
         )  # fmt: skip
         found: Any = await self._aanswer(question, self._reader(context, options))
         return found  # type: ignore[no-any-return]
@@ -198,7 +207,7 @@ class QuestionAnsweringPipeline(Pipeline):
         max_answer_len: int,
         handle_impossible_answer: bool,
         align_to_words: bool,
-        batch_size: int,
+        many: given.Many,
     ) -> _Options:
         limit = self.tokenizer.limit or _WINDOW
         window = min(
@@ -218,53 +227,38 @@ class QuestionAnsweringPipeline(Pipeline):
             longest=given.count("max_answer_len", max_answer_len),
             impossible=given.yes_or_no("handle_impossible_answer", handle_impossible_answer),
             align=given.yes_or_no("align_to_words", align_to_words),
-            batch_size=given.batch_size(batch_size),
+            many=many,
         )
 
-    def _reader(
-        self, context: object, options: _Options
-    ) -> Callable[[object], Callable[[CancelToken], Any]]:
-        def prepare(question: object) -> Callable[[CancelToken], Any]:
-            asked, alone = given.questions(question, context)
-
-            def work(token: CancelToken) -> Any:
-                found = self._read(asked, options, token)
-                answers = [one[0] if options.top_k == 1 else one for one in found]
-                return answers[0] if alone else answers
-
-            return work
-
-        return prepare
-
-    def _read(
-        self, asked: Sequence[given.TextPair], options: _Options, token: CancelToken
-    ) -> list[list[Answer]]:
+    def _reader(self, context: object, options: _Options) -> Call:
         tokenizer = self._model.tokenizer
         left = tokenizer.pads_left
-        windows = []
-        for place, (question, context) in enumerate(asked):
-            token.check()
-            texts = (context, question) if left else (question, context)
-            encodings = tokenizer.windows(
-                *texts, limit=options.window, cut="first" if left else "second",
-                stride=options.stride,
+
+        def encode(asked: given.TextPair) -> list[Encoding]:
+            return tokenizer.windows(
+                *(asked[::-1] if left else asked), limit=options.window,
+                cut="first" if left else "second", stride=options.stride,
             )  # fmt: skip
-            windows += [_Window(place, encoding) for encoding in encodings]
-        found: list[_Found] = [_Found(context) for _, context in asked]
-        for some in self._batches(windows, options.batch_size, token):
-            batch = tokenizer.pad([one.encoding for one in some])
-            starts, ends = self._model.forward(batch, token)
-            for one, mask, start, end in zip(some, batch.attention_mask, starts, ends, strict=True):
-                real = mask.astype(bool)
-                found[one.question].add(
-                    one.encoding,
-                    start[real],
-                    end[real],
-                    options,
-                    tokenizer.cls_id,
-                    0 if left else 1,
-                )
-        return [one.best(options) for one in found]
+
+        def keep(
+            rows: Sequence[Encoding], batch: Batch, outputs: list[scoring.Scores]
+        ) -> Iterable[tuple[scoring.Scores, scoring.Scores]]:
+            starts, ends = outputs
+            return zip(unpadded(batch, starts), unpadded(batch, ends), strict=True)
+
+        def answer(
+            asked: given.TextPair,
+            rows: Sequence[Encoding],
+            kept: Sequence[tuple[scoring.Scores, scoring.Scores]],
+        ) -> Answer | list[Answer]:
+            found = _Found(asked[1])
+            for encoding, (start, end) in zip(rows, kept, strict=True):
+                found.add(encoding, start, end, options, tokenizer.cls_id, 0 if left else 1)
+            best = found.best(options)
+            return best[0] if options.top_k == 1 else best
+
+        work = Work(encode=encode, keep=keep, answer=answer)
+        return Call(lambda question: given.questions(question, context), work, options.many)
 
 
 class _Found:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, Never, NotRequired, TypedDict, overload
 
 import numpy as np
 
-from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, UnsupportedModelError, unknown_value
 from ebbtide.hub import ModelFiles
+from ebbtide.models.batching import Work
 from ebbtide.models.text_encoder import LOGITS, Outputs, TextEncoder
+from ebbtide.models.tokenizer import Batch, Tokens
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines import scores as scoring
-from ebbtide.pipelines.base import Pipeline
+from ebbtide.pipelines.base import Call, Pipeline
+from ebbtide.pipelines.progress import Progress
 
 Function = Literal["softmax", "sigmoid", "none"]
 OneText = str | Mapping[str, str] | tuple[str, str]
@@ -41,8 +51,8 @@ Labels = list[LabelScore]
 _FUNCTIONS: Final[Mapping[str, Callable[[scoring.Scores], scoring.Scores]]] = MappingProxyType(
     {"softmax": scoring.softmax, "sigmoid": scoring.sigmoid, "none": lambda logits: logits}
 )
-_OPTIONS: Final = ("top_k", "function_to_apply", "batch_size")
-_RANK_OPTIONS: Final = ("top_k", "return_documents", "batch_size")
+_OPTIONS: Final = ("top_k", "function_to_apply", "batch_size", "window", "progress")
+_RANK_OPTIONS: Final = ("top_k", "return_documents", "batch_size", "progress")
 
 
 class TextClassificationPipeline(Pipeline):
@@ -71,7 +81,9 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | None = ...,
         function_to_apply: Function | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Labels: ...
 
     @overload
@@ -81,7 +93,9 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | None = ...,
         function_to_apply: Function | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Labels | list[Labels]: ...
 
     @overload
@@ -91,7 +105,9 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | None = ...,
         function_to_apply: Function | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Iterator[Labels]: ...
 
     def __call__(
@@ -100,7 +116,9 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | None = 1,
         function_to_apply: Function | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Labels | list[Labels] | Iterator[Labels]:
         """Classify texts.
@@ -112,7 +130,13 @@ class TextClassificationPipeline(Pipeline):
             function_to_apply: What makes scores of the model's logits: ``softmax``, ``sigmoid`` or
                 ``none``. None: ``none`` for a regression, ``sigmoid`` for several labels at once
                 or a single one, else ``softmax``, by the config's ``problem_type``.
-            batch_size: How many texts of a list run at once.
+            batch_size: How many texts of a list run at once. None: as many as have about
+                2,048 tokens with padding; of a dynamically quantised model one.
+            window: How many inputs are sorted by length together. None: of a list up to 1,024; of
+                an iterator as many as ``batch_size``, or one, so that each is answered before the
+                next is taken.
+            progress: Tell how many inputs are done: True for a bar, or a function of that number
+                and of how many there are, None where nobody knows.
 
         Returns:
             For one text its labels, as ``[{"label": ..., "score": ...}]``. For a list one such
@@ -126,7 +150,10 @@ class TextClassificationPipeline(Pipeline):
             PipelineCancelledError: A dispose cancelled this call.
         """
         self._unknown(unknown, _OPTIONS)
-        found: Any = self._answer(inputs, self._classify(top_k, function_to_apply, batch_size))
+        found: Any = self._answer(
+            inputs,
+            self._classify(top_k, function_to_apply, given.many(batch_size, window, progress)),
+        )
         return found  # type: ignore[no-any-return]
 
     async def acall(
@@ -136,12 +163,14 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | None = 1,
         function_to_apply: Function | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> Labels | list[Labels] | AsyncIterator[Labels]:  # fmt: skip
         """The same as calling, without blocking the event loop."""
         self._unknown(unknown, _OPTIONS)
-        work = self._classify(top_k, function_to_apply, batch_size)
+        work = self._classify(top_k, function_to_apply, given.many(batch_size, window, progress))
         found: Any = await self._aanswer(inputs, work)
         return found  # type: ignore[no-any-return]
 
@@ -152,7 +181,8 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | None = None,
         return_documents: bool = False,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> list[RankedDocument]:
         """Order documents by how well they answer a query; for cross-encoders with one score.
@@ -162,7 +192,10 @@ class TextClassificationPipeline(Pipeline):
             documents: The texts to order.
             top_k: How many to give back; None for all.
             return_documents: Put each document's text beside its place and score.
-            batch_size: How many documents run at once.
+            batch_size: How many documents run at once. None: as many as have about
+                2,048 tokens with padding; of a dynamically quantised model one.
+            progress: Tell how many documents are done: True for a bar, or a function of that number
+                and of how many there are, None where nobody knows.
 
         Returns:
             The best first: ``{"corpus_id": place in documents, "score": ...}``. The score is what
@@ -174,8 +207,10 @@ class TextClassificationPipeline(Pipeline):
             UnsupportedModelError: The model gives several scores for a pair.
         """
         self._unknown(unknown, _RANK_OPTIONS)
-        work = self._rank(query, documents, top_k, return_documents, batch_size)
-        return self._submit(work).wait()
+        many = given.many(batch_size, None, progress)
+        call = self._rank(query, documents, top_k, return_documents, many)
+        found: list[RankedDocument] = self._answer(documents, call)
+        return found
 
     async def arank(
         self,
@@ -184,38 +219,37 @@ class TextClassificationPipeline(Pipeline):
         *,
         top_k: int | None = None,
         return_documents: bool = False,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> list[RankedDocument]:
         """The same as `rank`, without blocking the event loop."""
         self._unknown(unknown, _RANK_OPTIONS)
-        work = self._rank(query, documents, top_k, return_documents, batch_size)
-        return await self._submit(work).result()
+        many = given.many(batch_size, None, progress)
+        call = self._rank(query, documents, top_k, return_documents, many)
+        found: list[RankedDocument] = await self._aanswer(documents, call)
+        return found
 
-    def _classify(
-        self, top_k: int | None, function: str | None, batch_size: int
-    ) -> Callable[[object], Callable[[CancelToken], Labels | list[Labels]]]:
+    def _classify(self, top_k: int | None, function: str | None, many: given.Many) -> Call:
         if top_k is not None:
             given.count("top_k", top_k)
         if function is not None and function not in _FUNCTIONS:
             raise unknown_value("function_to_apply", function, _FUNCTIONS)
-        given.batch_size(batch_size)
 
-        def prepare(inputs: object) -> Callable[[CancelToken], Labels | list[Labels]]:
-            items, alone = given.texts_or_pairs(inputs)
+        def keep(
+            rows: Sequence[Tokens], batch: Batch, outputs: list[scoring.Scores]
+        ) -> list[Labels]:
+            (logits,) = outputs
+            labels = self._model.labels(logits.shape[-1])
+            scores = _FUNCTIONS[function or self._default(len(labels))](logits)
+            return [_best(row, labels, top_k) for row in scores]
 
-            def work(token: CancelToken) -> Labels | list[Labels]:
-                logits = self._logits(items, batch_size, token)
-                labels = self._model.labels(logits.shape[-1])
-                scores = _FUNCTIONS[function or self._default(len(labels))](logits)
-                found = [_best(row, labels, top_k) for row in scores]
-                if alone:
-                    return found[0]
-                return [one for [one] in found] if top_k == 1 else found
+        def collect(found: list[Labels], alone: bool) -> Labels | list[Labels]:
+            if alone:
+                return found[0]
+            return [one for [one] in found] if top_k == 1 else found
 
-            return work
-
-        return prepare
+        return Call(given.texts_or_pairs, self._work(keep), many, collect)
 
     def _rank(
         self,
@@ -223,8 +257,8 @@ class TextClassificationPipeline(Pipeline):
         documents: object,
         top_k: int | None,
         return_documents: bool,
-        batch_size: int,
-    ) -> Callable[[CancelToken], list[RankedDocument]]:
+        many: given.Many,
+    ) -> Call:
         if not isinstance(query, str):
             raise InputError(f"The query is no text: {type(query).__name__}.")
         if isinstance(documents, str):
@@ -233,17 +267,21 @@ class TextClassificationPipeline(Pipeline):
         if top_k is not None:
             given.count("top_k", top_k)
         given.yes_or_no("return_documents", return_documents)
-        given.batch_size(batch_size)
 
-        def work(token: CancelToken) -> list[RankedDocument]:
-            logits = self._logits([(query, text) for text in texts], batch_size, token)
+        def keep(
+            rows: Sequence[Tokens], batch: Batch, outputs: list[scoring.Scores]
+        ) -> scoring.Scores:
+            (logits,) = outputs
             if logits.shape[-1] != 1:
                 raise UnsupportedModelError(
                     f"Model {self.model!r} gives {logits.shape[-1]} scores for a query and a"
                     " document, and ranking needs one: take a cross-encoder made for it.",
                     model=self.model,
                 )
-            scores = _FUNCTIONS[self._rank_function()](logits)[:, 0]
+            return _FUNCTIONS[self._rank_function()](logits)[:, 0]
+
+        def collect(found: list[float], alone: bool) -> list[RankedDocument]:
+            scores = np.array(found)
             ranked: list[RankedDocument] = []
             for place in scoring.best(scores, top_k):
                 one = RankedDocument(corpus_id=place, score=float(scores[place]))
@@ -252,20 +290,17 @@ class TextClassificationPipeline(Pipeline):
                 ranked.append(one)
             return ranked
 
-        return work
+        pairs = [(query, text) for text in texts]
+        return Call(lambda _: (pairs, False), self._work(keep), many, collect)
 
-    def _logits(
-        self, items: Sequence[str | given.TextPair], batch_size: int, token: CancelToken
-    ) -> scoring.Scores:
+    def _work(self, keep: Callable[[Sequence[Tokens], Batch, list[Any]], Iterable[Any]]) -> Work:
         tokenizer = self._model.tokenizer
-        parts = []
-        for some in self._batches(items, batch_size, token):
-            encoded = [
-                tokenizer.encode(one) if isinstance(one, str) else tokenizer.encode(*one)
-                for one in some
-            ]
-            parts += self._model.forward(tokenizer.pad(encoded), token)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        def encode(one: str | given.TextPair) -> list[Tokens]:
+            texts = (one,) if isinstance(one, str) else one
+            return [tokenizer.encode(*texts).tokens()]
+
+        return Work(encode=encode, keep=keep, answer=lambda item, rows, kept: kept[0])
 
     def _default(self, count: int) -> str:
         problem = self._model.config.problem_type

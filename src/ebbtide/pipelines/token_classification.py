@@ -8,19 +8,27 @@ from typing import Any, ClassVar, Final, Literal, Never, NotRequired, TypedDict,
 
 import numpy as np
 
-from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, unknown_value
 from ebbtide.hub import ModelFiles
+from ebbtide.models.batching import Work, unpadded
 from ebbtide.models.text_encoder import LOGITS, Outputs, TextEncoder
 from ebbtide.models.tokenizer import Encoding
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines import scores as scoring
-from ebbtide.pipelines.base import Pipeline
+from ebbtide.pipelines.base import Call, Pipeline
+from ebbtide.pipelines.progress import Progress
 
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 
 _AGGREGATIONS: Final[tuple[str, ...]] = get_args(Aggregation)
-_OPTIONS: Final = ("aggregation_strategy", "ignore_labels", "stride", "batch_size")
+_OPTIONS: Final = (
+    "aggregation_strategy",
+    "ignore_labels",
+    "stride",
+    "batch_size",
+    "window",
+    "progress",
+)
 
 
 class Entity(TypedDict):
@@ -40,7 +48,7 @@ class _Options:
     aggregation: str
     ignored: frozenset[str]
     stride: int | None
-    batch_size: int
+    many: given.Many
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,7 +99,9 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: Aggregation = ...,
         ignore_labels: Sequence[str] = ...,
         stride: int | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> list[Entity]: ...
 
     @overload
@@ -102,7 +112,9 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: Aggregation = ...,
         ignore_labels: Sequence[str] = ...,
         stride: int | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> list[list[Entity]]: ...
 
     @overload
@@ -113,7 +125,9 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: Aggregation = ...,
         ignore_labels: Sequence[str] = ...,
         stride: int | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Iterator[list[Entity]]: ...
 
     def __call__(
@@ -123,7 +137,9 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: Aggregation = "none",
         ignore_labels: Sequence[str] = ("O",),
         stride: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> list[Entity] | list[list[Entity]] | Iterator[list[Entity]]:
         """Find entities.
@@ -136,7 +152,13 @@ class TokenClassificationPipeline(Pipeline):
             ignore_labels: Labels to leave out.
             stride: Read a text that is longer than the model's window in windows that share this
                 many tokens. None: read its first window. Needs an aggregation.
-            batch_size: How many windows run at once.
+            batch_size: How many windows run at once. None: as many as have about
+                2,048 tokens with padding; of a dynamically quantised model one.
+            window: How many inputs are sorted by length together. None: of a list up to 1,024; of
+                an iterator as many as ``batch_size``, or one, so that each is answered before the
+                next is taken.
+            progress: Tell how many inputs are done: True for a bar, or a function of that number
+                and of how many there are, None where nobody knows.
 
         Returns:
             For one text its entities in order: ``{"entity": label, "score": ..., "index": token,
@@ -151,7 +173,8 @@ class TokenClassificationPipeline(Pipeline):
             PipelineCancelledError: A dispose cancelled this call.
         """
         self._unknown(unknown, _OPTIONS)
-        options = self._options(aggregation_strategy, ignore_labels, stride, batch_size)
+        many = given.many(batch_size, window, progress)
+        options = self._options(aggregation_strategy, ignore_labels, stride, many)
         found: Any = self._answer(inputs, self._finder(options))
         return found  # type: ignore[no-any-return]
 
@@ -162,12 +185,15 @@ class TokenClassificationPipeline(Pipeline):
         aggregation_strategy: Aggregation = "none",
         ignore_labels: Sequence[str] = ("O",),
         stride: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> list[Entity] | list[list[Entity]] | AsyncIterator[list[Entity]]:
         """The same as calling, without blocking the event loop."""
         self._unknown(unknown, _OPTIONS)
-        options = self._options(aggregation_strategy, ignore_labels, stride, batch_size)
+        many = given.many(batch_size, window, progress)
+        options = self._options(aggregation_strategy, ignore_labels, stride, many)
         found: Any = await self._aanswer(inputs, self._finder(options))
         return found  # type: ignore[no-any-return]
 
@@ -176,7 +202,7 @@ class TokenClassificationPipeline(Pipeline):
         aggregation: str,
         ignore_labels: object,
         stride: int | None,
-        batch_size: int,
+        many: given.Many,
     ) -> _Options:
         if aggregation not in _AGGREGATIONS:
             raise unknown_value("aggregation_strategy", aggregation, _AGGREGATIONS)
@@ -198,45 +224,32 @@ class TokenClassificationPipeline(Pipeline):
                     value=stride,
                 )
         ignored = frozenset(map(str, ignore_labels))
-        return _Options(aggregation, ignored, stride, given.batch_size(batch_size))
+        return _Options(aggregation, ignored, stride, many)
 
-    def _finder(self, options: _Options) -> Callable[[object], Callable[[CancelToken], Any]]:
-        def prepare(inputs: object) -> Callable[[CancelToken], Any]:
-            texts, alone = given.texts(inputs)
-
-            def work(token: CancelToken) -> Any:
-                found = self._find(texts, options, token)
-                return found[0] if alone else found
-
-            return work
-
-        return prepare
-
-    def _find(
-        self, texts: Sequence[str], options: _Options, token: CancelToken
-    ) -> list[list[Entity]]:
+    def _finder(self, options: _Options) -> Call:
         tokenizer = self._model.tokenizer
-        windows = []
-        for place, text in enumerate(texts):
-            token.check()
+
+        def encode(text: str) -> list[Encoding]:
             if options.stride is None:
-                encodings = [tokenizer.encode(text)]
-            else:
-                encodings = tokenizer.windows(text, stride=options.stride)
-            windows += [(place, encoding) for encoding in encodings]
-        found: list[list[list[Entity]]] = [[] for _ in texts]
-        for some in self._batches(windows, options.batch_size, token):
-            batch = tokenizer.pad([encoding for _, encoding in some])
-            (logits,) = self._model.forward(batch, token)
-            labels = self._model.labels(logits.shape[-1])
-            for (place, encoding), mask, row in zip(
-                some, batch.attention_mask, logits, strict=True
-            ):
-                scores = scoring.softmax(row[mask.astype(bool)])
-                pieces = self._pieces(texts[place], encoding, scores, labels)
-                entities = self._entities(pieces, labels, options)
-                found[place].append(entities)
-        return [one[0] if len(one) == 1 else _merged(one) for one in found]
+                return [tokenizer.encode(text)]
+            return tokenizer.windows(text, stride=options.stride)
+
+        def answer(
+            text: str, rows: Sequence[Encoding], kept: Sequence[scoring.Scores]
+        ) -> list[Entity]:
+            found = []
+            for encoding, logits in zip(rows, kept, strict=True):
+                labels = self._model.labels(logits.shape[-1])
+                pieces = self._pieces(text, encoding, scoring.softmax(logits), labels)
+                found.append(self._entities(pieces, labels, options))
+            return found[0] if len(found) == 1 else _merged(found)
+
+        work = Work(
+            encode=encode,
+            keep=lambda rows, batch, outputs: unpadded(batch, *outputs),
+            answer=answer,
+        )
+        return Call(given.texts, work, options.many)
 
     def _pieces(
         self, text: str, encoding: Encoding, scores: scoring.Scores, labels: Sequence[str]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from typing import Any, ClassVar, Final, Never, TypedDict, overload
 
 import numpy as np
 
-from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, UnsupportedModelError
 from ebbtide.hub import ModelFiles
+from ebbtide.models.batching import Work
 from ebbtide.models.text_encoder import LOGITS, Outputs, TextEncoder
+from ebbtide.models.tokenizer import Batch, Tokens
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines import scores as scoring
-from ebbtide.pipelines.base import Pipeline
+from ebbtide.pipelines.base import Call, Pipeline
+from ebbtide.pipelines.progress import Progress
 
 _OPTIONS: Final = (
     "candidate_labels", "hypothesis_template", "multi_label", "entailment_label", "batch_size",
+    "window", "progress",
 )  # fmt: skip
 
 
@@ -59,7 +62,9 @@ class ZeroShotClassificationPipeline(Pipeline):
         hypothesis_template: str = ...,
         multi_label: bool = ...,
         entailment_label: str | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> ZeroShotResult: ...
 
     @overload
@@ -71,7 +76,9 @@ class ZeroShotClassificationPipeline(Pipeline):
         hypothesis_template: str = ...,
         multi_label: bool = ...,
         entailment_label: str | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> list[ZeroShotResult]: ...
 
     @overload
@@ -83,7 +90,9 @@ class ZeroShotClassificationPipeline(Pipeline):
         hypothesis_template: str = ...,
         multi_label: bool = ...,
         entailment_label: str | None = ...,
-        batch_size: int = ...,
+        batch_size: int | None = ...,
+        window: int | None = ...,
+        progress: Progress = ...,
     ) -> Iterator[ZeroShotResult]: ...
 
     def __call__(
@@ -94,7 +103,9 @@ class ZeroShotClassificationPipeline(Pipeline):
         hypothesis_template: str = "This example is {}.",
         multi_label: bool = False,
         entailment_label: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> ZeroShotResult | list[ZeroShotResult] | Iterator[ZeroShotResult]:
         """Classify texts by labels given here.
@@ -107,7 +118,13 @@ class ZeroShotClassificationPipeline(Pipeline):
                 scores sum to 1.
             entailment_label: Which of the model's own labels means that the hypothesis follows.
                 None: the one that begins with "entail", in any case of letters.
-            batch_size: How many pairs of a text and a label run at once.
+            batch_size: How many pairs of a text and a label run at once. None: as many as have
+                about 2,048 tokens with padding; of a dynamically quantised model one.
+            window: How many inputs are sorted by length together. None: of a list up to 1,024; of
+                an iterator as many as ``batch_size``, or one, so that each is answered before the
+                next is taken.
+            progress: Tell how many inputs are done: True for a bar, or a function of that number
+                and of how many there are, None where nobody knows.
 
         Returns:
             For one text ``{"sequence": text, "labels": [...], "scores": [...]}``, the best label
@@ -122,8 +139,9 @@ class ZeroShotClassificationPipeline(Pipeline):
         """
         self._unknown(unknown, _OPTIONS)
         work = self._classify(
-            candidate_labels, hypothesis_template, multi_label, entailment_label, batch_size
-        )
+            candidate_labels, hypothesis_template, multi_label, entailment_label,
+            given.many(batch_size, window, progress),
+        )  # fmt: skip
         found: Any = self._answer(inputs, work)
         return found  # type: ignore[no-any-return]
 
@@ -135,14 +153,17 @@ class ZeroShotClassificationPipeline(Pipeline):
         hypothesis_template: str = "This example is {}.",
         multi_label: bool = False,
         entailment_label: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        window: int | None = None,
+        progress: Progress = False,
         **unknown: Never,
     ) -> ZeroShotResult | list[ZeroShotResult] | AsyncIterator[ZeroShotResult]:
         """The same as calling, without blocking the event loop."""
         self._unknown(unknown, _OPTIONS)
         work = self._classify(
-            candidate_labels, hypothesis_template, multi_label, entailment_label, batch_size
-        )
+            candidate_labels, hypothesis_template, multi_label, entailment_label,
+            given.many(batch_size, window, progress),
+        )  # fmt: skip
         found: Any = await self._aanswer(inputs, work)
         return found  # type: ignore[no-any-return]
 
@@ -152,45 +173,37 @@ class ZeroShotClassificationPipeline(Pipeline):
         template: object,
         multi_label: bool,
         entailment_label: str | None,
-        batch_size: int,
-    ) -> Callable[[object], Callable[[CancelToken], ZeroShotResult | list[ZeroShotResult]]]:
+        many: given.Many,
+    ) -> Call:
         labels = _labels(candidate_labels)
         hypotheses = _hypotheses(template, labels)
         given.yes_or_no("multi_label", multi_label)
-        given.batch_size(batch_size)
         entailment = self._entailment(entailment_label)
         contradiction = len(self._model.labels()) - 1 if entailment == 0 else 0
-
-        def prepare(
-            inputs: object,
-        ) -> Callable[[CancelToken], ZeroShotResult | list[ZeroShotResult]]:
-            texts, alone = given.texts(inputs)
-
-            def work(token: CancelToken) -> ZeroShotResult | list[ZeroShotResult]:
-                pairs = [(text, hypothesis) for text in texts for hypothesis in hypotheses]
-                logits = self._logits(pairs, batch_size, token)
-                self._model.labels(logits.shape[-1])
-                logits = logits.reshape(len(texts), len(labels), -1)
-                if multi_label or len(labels) == 1:
-                    scores = scoring.softmax(logits[..., [contradiction, entailment]])[..., 1]
-                else:
-                    scores = scoring.softmax(logits[..., entailment])
-                found = [_result(*one, labels) for one in zip(texts, scores, strict=True)]
-                return found[0] if alone else found
-
-            return work
-
-        return prepare
-
-    def _logits(
-        self, pairs: Sequence[given.TextPair], batch_size: int, token: CancelToken
-    ) -> scoring.Scores:
         tokenizer = self._model.tokenizer
-        parts = []
-        for some in self._batches(pairs, batch_size, token):
-            batch = tokenizer.pad([tokenizer.encode(*one, cut="first") for one in some])
-            parts += self._model.forward(batch, token)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        def encode(text: str) -> list[Tokens]:
+            pairs = ((text, hypothesis) for hypothesis in hypotheses)
+            return [tokenizer.encode(*pair, cut="first").tokens() for pair in pairs]
+
+        def keep(
+            rows: Sequence[Tokens], batch: Batch, outputs: list[scoring.Scores]
+        ) -> scoring.Scores:
+            (logits,) = outputs
+            self._model.labels(logits.shape[-1])
+            return logits
+
+        def answer(
+            text: str, rows: Sequence[Tokens], kept: Sequence[scoring.Scores]
+        ) -> ZeroShotResult:
+            logits = np.stack(kept)
+            if multi_label or len(labels) == 1:
+                scores = scoring.softmax(logits[:, [contradiction, entailment]])[:, 1]
+            else:
+                scores = scoring.softmax(logits[:, entailment])
+            return _result(text, scores, labels)
+
+        return Call(given.texts, Work(encode=encode, keep=keep, answer=answer), many)
 
     def _entailment(self, named: str | None) -> int:
         labels = self._model.labels()
