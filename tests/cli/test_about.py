@@ -7,10 +7,15 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import ebbtide
 from ebbtide import memory
+from ebbtide.cli.about import _telemetry
 from ebbtide.cli.words import call_options
 from ebbtide.pipelines import TASKS
+
+MODEL = Path(__file__).parents[1] / "models" / "tiny-bert"
 
 
 def test_info_says_versions_limit_and_where_each_setting_came_from(ebbtide_run: Any) -> None:
@@ -31,10 +36,50 @@ def test_info_says_versions_limit_and_where_each_setting_came_from(ebbtide_run: 
     assert facts["settings"]["trim"] == {"value": True, "from": "default"}
 
 
+def test_info_says_where_prepared_models_are_and_how_large(
+    ebbtide_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    here = {"EBBTIDE_CACHE_DIR": str(store), "EBBTIDE_CACHE_SIZE": "2 GB"}
+    facts = json.loads(ebbtide_run("info", "--json", **here).out)
+    assert facts["prepared"] == {
+        "folder": str(store), "entries": 0, "size": 0, "limit": 2_000_000_000,
+    }  # fmt: skip
+    assert not store.exists()
+    monkeypatch.setattr(ebbtide.settings, "cache_dir", str(store))
+    made = ebbtide.prepare("feature-extraction", MODEL)
+    facts = json.loads(ebbtide_run("info", "--json", **here).out)
+    assert facts["prepared"]["entries"] == 1
+    assert facts["prepared"]["size"] >= made.size
+    shown = ebbtide_run("info", COLUMNS="200", **here).out
+    for word in (str(store), "kB in 1", "2.0 GB"):
+        assert word in shown
+
+
+def test_info_says_whether_telemetry_is_off_and_whose_doing_that_is(
+    ebbtide_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    ended = ebbtide_run("info")
+    assert "telemetry    off, by ebbtide" in ended.out
+    for value, off in (("1", True), ("Yes", True), ("0", False), ("no", False), ("", False)):
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", value)
+        assert _telemetry() == {"off": off, "by": f"ORT_DISABLE_TELEMETRY={value}"}
+
+
 def test_info_for_people_has_the_same_and_fits_80_columns(ebbtide_run: Any) -> None:
     ended = ebbtide_run("info", COLUMNS="80")
     assert ended.code == 0
-    for word in ("onnxruntime", "devices", "limit", "pressure", "allocator", "drain_timeout"):
+    for word in (
+        "onnxruntime",
+        "devices",
+        "limit",
+        "pressure",
+        "allocator",
+        "telemetry",
+        "limit",
+        "drain_timeout",
+    ):
         assert word in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
     assert "\x1b" not in ended.out

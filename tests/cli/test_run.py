@@ -131,3 +131,88 @@ def test_control_c_ends_it_quietly_with_130(ebbtide_start: Any, model_of: Any, t
     assert process.wait() == 130
     assert process.stdout.read() == ""
     assert process.stderr.read() == ""
+
+
+# Prepared copies, and threads
+
+
+def test_a_prepared_copy_that_is_asked_for_is_made_and_used(
+    ebbtide_run: Any, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", TASK, "sea", "--model", tiny_bert, "--json", "--pooling", "mean")
+    here = {"EBBTIDE_CACHE_DIR": str(tmp_path)}
+    plain = ebbtide_run(*words, **here)
+    assert not list(tmp_path.glob("prepared/*"))
+    for _ in range(2):
+        ended = ebbtide_run(*words, "--prepare", "now", **here)
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.lines == plain.lines
+        assert len(list(tmp_path.glob("prepared/*"))) == 1
+    ended = ebbtide_run(*words, "--prepare", "later", **here)
+    assert ended.code == 2
+    assert "prepare takes 'background', 'now'" in ended.err
+
+
+_STARTED = """
+import io, os, sys
+from ebbtide.cli.app import start
+from ebbtide.runtime import prepare
+
+prepare.SMALLEST = 0
+wishes = []
+prepare.background.wish = lambda graph, *rest: wishes.append(graph.name)
+sys.stdin = io.TextIOWrapper(io.BytesIO(b"the sea\\n"))
+sys.stdout = open(os.devnull, "w")
+start(["run", "feature-extraction", *{words}, "--model", MODEL, "--json"])
+sys.stdout = sys.__stdout__
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "wishes"),
+    [
+        (["the sea"], {}, []),
+        (["the sea"], {"EBBTIDE_PREPARE": "background"}, ["model.onnx"]),
+        (["the sea", "--prepare", "background"], {}, ["model.onnx"]),
+        ([], {}, ["model.onnx"]),
+        ([], {"EBBTIDE_PREPARE": "off"}, []),
+    ],
+)
+def test_only_who_pipes_lines_waits_long_enough_for_a_copy_in_the_background(
+    fresh_process: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: list[str],
+    environ: dict[str, str],
+    wishes: list[str],
+) -> None:
+    monkeypatch.delenv("EBBTIDE_PREPARE")
+    script = _STARTED.format(words=words) + "print(wishes)"
+    said = fresh_process(script, EBBTIDE_CACHE_DIR=str(tmp_path), **environ)
+    assert f"{wishes}" in said.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("environ", "shared"), [({}, True), ({"EBBTIDE_SHARED_THREADS": "off"}, False)]
+)
+def test_the_sessions_of_the_command_share_their_threads_unless_the_environment_says_no(
+    fresh_process: Any, environ: dict[str, str], shared: bool
+) -> None:
+    """Where they do, ONNX Runtime refuses a session that asks for threads of its own."""
+    script = (
+        _STARTED.format(words=["the sea"])
+        + """
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+options.intra_op_num_threads = 1
+try:
+    onnxruntime.InferenceSession(f"{MODEL}/onnx/model.onnx", options, enable_fallback=0)
+except Exception as error:
+    print("refused" if "use_per_session_threads" in str(error) else error)
+else:
+    print("allowed")
+"""
+    )
+    said = fresh_process(script, **environ).splitlines()
+    assert ("refused" if shared else "allowed") in said
