@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ebbtide
-from ebbtide.runtime import session
+from ebbtide.runtime import prepare, session
 from ebbtide.runtime.store import Store
 
 TASK = "feature-extraction"
@@ -85,6 +85,14 @@ def test_a_folder_that_cannot_be_made_is_named(tiny_bert: Path, root: Path) -> N
     root.write_text("no folder")
     with pytest.raises(ebbtide.PrepareError, match=f"{root} is no folder"):
         ebbtide.prepare(TASK, tiny_bert)
+
+
+def test_who_asks_for_a_copy_may_have_it_in_memory_and_nobody_else(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "_file_system", lambda path: "tmpfs")
+    assert "is memory, not a disk" in str(prepare.cannot(1))
+    assert ebbtide.prepare(TASK, tiny_bert).made
 
 
 def test_a_program_that_no_python_runs_makes_none(

@@ -311,7 +311,7 @@ def _told(made: PreparedModel) -> Iterator[str]:
         yield f"prepared {name}: {readable(made.size)} on the disk, made in {made.seconds:.1f} s"
     else:
         yield f"nothing to do: {name} is prepared, {readable(made.size)} on the disk"
-    yield f"a live session takes {readable(made.anonymous)} of the process's own memory"
+    yield f"a live session takes about {readable(made.anonymous)} of the process's own memory"
 
 
 def _say_verified(console: Console, one: Entry, problem: str | None, *, gone: bool) -> None:

@@ -76,7 +76,7 @@ def cannot(size: int, *, asked: bool = False) -> str | None:
 
     Args:
         size: Bytes of the graph and its data.
-        asked: Somebody asks for this copy, so that he may have it in memory too.
+        asked: Somebody asks for this copy, so it may lie in memory too.
     """
     if not _has_python():
         return _NO_PYTHON
