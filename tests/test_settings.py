@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ebbtide
+from ebbtide.runtime import prepare
 
 Settings: Any = type(ebbtide.settings)
 
@@ -122,6 +125,21 @@ def test_variables_of_others_are_left_alone() -> None:
         ("drain_timeout", True),
         ("drain_timeout", float("nan")),
         ("exit_timeout", "5"),
+        ("cache_dir", ""),
+        ("cache_dir", 5),
+        ("cache_dir", b"/bytes"),
+        ("cache_size", -1),
+        ("cache_size", 1.5),
+        ("cache_size", True),
+        ("cache_size", None),
+        ("cache_size", "20 parsecs"),
+        ("prepare", "soon"),
+        ("prepare", False),
+        ("prepare", None),
+        ("verify", "never"),
+        ("move_to_prepared", 1),
+        ("shared_threads", None),
+        ("idle_trim", -1),
         ("treads", 2),
     ],
 )
@@ -136,10 +154,95 @@ def test_what_can_be_used_is_taken() -> None:
     made = Settings()
     made.threads, made.native_threads, made.trim = 4, None, False
     made.malloc, made.drain_timeout, made.exit_timeout = "system", 0, float("inf")
-    assert made == Settings(4, None, False, "system", 0, float("inf"))
+    assert made == Settings(
+        threads=4, trim=False, malloc="system", drain_timeout=0, exit_timeout=float("inf")
+    )
 
 
-names = st.sampled_from([*WHOLE, *SECONDS, "trim", "malloc"])
+def test_the_store_has_defaults_that_cost_nobody_anything() -> None:
+    found = Settings.from_environment({})
+    assert (found.cache_dir, found.cache_size, found.prepare, found.verify) == (
+        None, 20_000_000_000, "background", "graph",
+    )  # fmt: skip
+    assert (found.move_to_prepared, found.shared_threads) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["move_to_prepared", "shared_threads", "offline"])
+def test_switches_of_the_store_are_read(name: str) -> None:
+    for text, value in (("1", True), ("off", False)):
+        assert getattr(Settings.from_environment({f"EBBTIDE_{name.upper()}": text}), name) is value
+    with pytest.raises(ebbtide.InputError, match="takes true or false"):
+        Settings.from_environment({f"EBBTIDE_{name.upper()}": "maybe"})
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        *(("prepare", word) for word in ("background", "now", "off")),
+        *(("verify", word) for word in ("graph", "always")),
+    ],
+)
+def test_words_of_the_store_are_read_in_any_case(name: str, word: str) -> None:
+    variable = f"EBBTIDE_{name.upper()}"
+    assert getattr(Settings.from_environment({variable: f" {word.upper()} "}), name) == word
+    with pytest.raises(ebbtide.InputError, match=f"{name} takes one of .*{word}"):
+        Settings.from_environment({variable: f"{word}s"})
+
+
+SIZES = [
+    ("0", 0),
+    ("0 GB", 0),
+    ("123", 123),
+    ("20 GB", 20_000_000_000),
+    (" 1.5gb ", 1_500_000_000),
+    ("2 GiB", 2 * 1024**3),
+    ("512 MiB", 512 * 1024**2),
+    ("7 kB", 7_000),
+    ("1 TB", 10**12),
+    ("12 B", 12),
+]
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES)
+def test_sizes_are_read_in_words(text: str, size: int) -> None:
+    assert Settings.from_environment({"EBBTIDE_CACHE_SIZE": text}).cache_size == size
+    made = Settings()
+    made.cache_size = text  # type: ignore[assignment]
+    assert made.cache_size == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "much", "-1", "-1 GB", "1 XB", "GB", "1,5 GB", "1e9", "nan", "inf", "9" * 400]
+)
+def test_a_text_that_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ebbtide.InputError, match="takes bytes, as a whole number or as in '20 GB'"):
+        Settings.from_environment({"EBBTIDE_CACHE_SIZE": text})
+
+
+def test_the_folder_of_the_store_is_taken_as_text_and_as_a_path() -> None:
+    assert Settings.from_environment({"EBBTIDE_CACHE_DIR": " /a/b "}).cache_dir == "/a/b"
+    assert Settings.from_environment({"EBBTIDE_CACHE_DIR": ""}).cache_dir is None
+    made = Settings()
+    made.cache_dir = Path("/a/b")  # type: ignore[assignment]
+    assert made.cache_dir == "/a/b"
+    made.cache_dir = None
+    assert made.cache_dir is None
+
+
+def test_the_store_is_in_the_folder_that_is_set_or_in_the_users_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ebbtide.settings, "cache_dir", str(tmp_path))
+    assert prepare.store().root == tmp_path
+    monkeypatch.setattr(ebbtide.settings, "cache_dir", "~/of-mine")
+    assert prepare.store().root == Path.home() / "of-mine"
+    monkeypatch.setattr(ebbtide.settings, "cache_dir", None)
+    assert prepare.store().root.name == "ebbtide"
+
+
+names = st.sampled_from(
+    [field.name for field in dataclasses.fields(Settings) if field.name != "cache_dir"]
+)
 
 
 @settings(deadline=None, max_examples=300)

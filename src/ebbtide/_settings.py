@@ -92,7 +92,8 @@ class Settings:
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse what cannot be used, at the assignment and not at the first use."""
         if name == "cache_size" and isinstance(value, str):
-            value = bytes_of(value) or value
+            found = bytes_of(value)
+            value = value if found is None else found
         elif name == "cache_dir" and isinstance(value, os.PathLike):
             value = os.fspath(value)
         problem = _problem(name, value)
@@ -134,7 +135,7 @@ def bytes_of(text: str) -> int | None:
         >>> bytes_of("1.5 GB"), bytes_of("2 GiB"), bytes_of("much")
         (1500000000, 2147483648, None)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].lower() not in _UNITS:
         return None
     unit = found[2].lower()
