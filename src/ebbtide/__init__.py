@@ -44,16 +44,13 @@ if TYPE_CHECKING:
     from ebbtide.hub import ProgressEvent
     from ebbtide.lifecycle import State, dispose_all, live
     from ebbtide.models.catalog import PreparedModel, cached_models, remove_cached
-    from ebbtide.pipelines import (
-        FeatureExtractionPipeline,
-        FillMaskPipeline,
-        Pipeline,
-        PipelineMemory,
-        QuestionAnsweringPipeline,
-        TextClassificationPipeline,
-        TokenClassificationPipeline,
-        ZeroShotClassificationPipeline,
-    )
+    from ebbtide.pipelines import Pipeline, PipelineMemory
+    from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
+    from ebbtide.pipelines.fill_mask import FillMaskPipeline
+    from ebbtide.pipelines.question_answering import QuestionAnsweringPipeline
+    from ebbtide.pipelines.text_classification import TextClassificationPipeline
+    from ebbtide.pipelines.token_classification import TokenClassificationPipeline
+    from ebbtide.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
     from ebbtide.receipts import DisposalReceipt
     from ebbtide.runtime import SessionOptions
 
@@ -93,14 +90,14 @@ _HOMES = {
     "State": "lifecycle",
     "dispose_all": "lifecycle",
     "live": "lifecycle",
-    "FeatureExtractionPipeline": "pipelines",
-    "FillMaskPipeline": "pipelines",
+    "FeatureExtractionPipeline": "pipelines.feature_extraction",
+    "FillMaskPipeline": "pipelines.fill_mask",
     "Pipeline": "pipelines",
     "PipelineMemory": "pipelines",
-    "QuestionAnsweringPipeline": "pipelines",
-    "TextClassificationPipeline": "pipelines",
-    "TokenClassificationPipeline": "pipelines",
-    "ZeroShotClassificationPipeline": "pipelines",
+    "QuestionAnsweringPipeline": "pipelines.question_answering",
+    "TextClassificationPipeline": "pipelines.text_classification",
+    "TokenClassificationPipeline": "pipelines.token_classification",
+    "ZeroShotClassificationPipeline": "pipelines.zero_shot_classification",
     "SessionOptions": "runtime",
     "settings": "_settings",
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from _thread import LockType, allocate_lock
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ebbtide.errors import PipelineCancelledError
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class CancelToken:
@@ -115,6 +118,8 @@ async def patiently(
         asyncio.CancelledError: The task was cancelled; what was waited for has ended all the same.
     """
     done = told(subscribe)  # a future and no task: who cancels all tasks cannot cut it short
+    import asyncio
+
     cancelled: asyncio.CancelledError | None = None
     while not done.done():
         try:
@@ -138,6 +143,8 @@ def call_all(callbacks: list[Callable[[], None]]) -> None:
 
 def told(subscribe: Callable[[Callable[[], None]], None]) -> asyncio.Future[None]:
     """A future of the running event loop, done once the callback ``subscribe`` gets is called."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 

@@ -5,33 +5,33 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, TypedDict, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack, get_args, overload
 
 from ebbtide import hub
 from ebbtide._settings import Prepare, settings
 from ebbtide.cancellation import CancelToken, patiently
 from ebbtide.errors import InputError, PipelineCancelledError, unknown_option
 from ebbtide.hub import HubOptions, Progress, ProgressEvent
-from ebbtide.lifecycle import Lifecycle, State, creation_site, end_of_process
+from ebbtide.lifecycle import Lifecycle, State, end_of_process
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.catalog import ModelSummary, PreparedModel, summarise
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import ByFile, ExternalData
 from ebbtide.models.text_encoder import LoadOptions, TextEncoder
 from ebbtide.models.tokenizer import TOKENIZER_FILES
-from ebbtide.pipelines import (
-    FeatureExtractionPipeline,
-    FillMaskPipeline,
-    Pipeline,
-    QuestionAnsweringPipeline,
-    TextClassificationPipeline,
-    TokenClassificationPipeline,
-    ZeroShotClassificationPipeline,
-    find,
-)
+from ebbtide.pipelines import Pipeline, find
 from ebbtide.runtime import Job, SessionOptions, native_threads
 from ebbtide.runtime.prepare import copy_of
+
+if TYPE_CHECKING:
+    from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
+    from ebbtide.pipelines.fill_mask import FillMaskPipeline
+    from ebbtide.pipelines.question_answering import QuestionAnsweringPipeline
+    from ebbtide.pipelines.text_classification import TextClassificationPipeline
+    from ebbtide.pipelines.token_classification import TokenClassificationPipeline
+    from ebbtide.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
 
 Model = str | os.PathLike[str] | None
 
@@ -444,6 +444,15 @@ def _wrapped(lifecycle: Lifecycle, made: _Made) -> Pipeline:
     pipe = made(lifecycle)
     lifecycle.state = State.READY
     return pipe
+
+
+def creation_site() -> tuple[str, int]:
+    """The file and line of the first caller that is not Ebbtide's own code."""
+    here = os.path.dirname(__file__) + os.sep
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 _started = False

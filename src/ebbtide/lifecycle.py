@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
-import sys
 import threading
 import time
 import weakref
@@ -508,15 +507,6 @@ class Disposable:
 def _check_timeout(timeout: float | None) -> None:
     if timeout is not None and not timeout >= 0:
         raise InputError(f"timeout takes seconds, 0 or more, not {timeout!r}.", value=timeout)
-
-
-def creation_site() -> tuple[str, int]:
-    """The file and line of the first caller that is not Ebbtide's own code."""
-    here = os.path.dirname(__file__) + os.sep
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
 
 
 def forget_working_memory() -> None:

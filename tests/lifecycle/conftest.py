@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from ebbtide.cancellation import CancelToken
+from ebbtide.factory import creation_site
 from ebbtide.hub import ModelFiles
-from ebbtide.lifecycle import Lifecycle, State, creation_site
+from ebbtide.lifecycle import Lifecycle, State
 from ebbtide.memory.ledger import Native, ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.text_encoder import FEATURES, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
-from ebbtide.pipelines import FeatureExtractionPipeline
+from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
 from ebbtide.runtime import TensorInfo, native_threads
 from ebbtide.runtime.devices import Device
 

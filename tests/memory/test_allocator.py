@@ -326,7 +326,7 @@ def test_memory_comes_back_from_another_allocator_too(fresh_process, name, metho
         from ebbtide.memory import anonymous_bytes
         def life():
             pipe = ebbtide.pipeline("feature-extraction", MODEL, session_options={"threads": 1})
-            pipe(["word " * 200] * 32, pooling="mean")
+            pipe(["word " * 200] * 32, pooling="mean", batch_size=32)
             loaded = anonymous_bytes()
             receipt = pipe.dispose()
             return loaded - anonymous_bytes(), anonymous_bytes(), receipt

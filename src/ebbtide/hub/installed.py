@@ -19,15 +19,17 @@ So a package needs no import of Ebbtide.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ebbtide.errors import ModelNotFoundError
 from ebbtide.hub.files import ModelFiles
+
+if TYPE_CHECKING:
+    import importlib.metadata
 
 log = logging.getLogger("ebbtide.hub")
 
@@ -54,6 +56,8 @@ class InstalledModel:
 
 def names() -> list[str]:
     """The names of all models that installed packages offer, sorted; imports none of them."""
+    import importlib.metadata
+
     return sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
 
 
@@ -63,6 +67,8 @@ def find(name: str) -> InstalledModel | None:
     Raises:
         ModelNotFoundError: A package offers it, but what it offers cannot be used.
     """
+    import importlib.metadata
+
     for entry in importlib.metadata.entry_points(group=GROUP, name=name):
         return _load(entry)
     return None
@@ -70,6 +76,8 @@ def find(name: str) -> InstalledModel | None:
 
 def fallback(task: str) -> InstalledModel | None:
     """The model that offers to stand in for this task, or None; the first by name of several."""
+    import importlib.metadata
+
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda one: one.name):
         try:
             model = _load(entry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import queue
 import sys
@@ -262,6 +261,8 @@ class Pipeline(Disposable):
 
     async def _asteps(self, some: Sequence[Read], call: Call) -> AsyncGenerator[Step, None]:
         """The same on an event loop."""
+        import asyncio
+
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Step | None] = asyncio.Queue()
 

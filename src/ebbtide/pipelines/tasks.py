@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
 from ebbtide.errors import InputError, nearest
-from ebbtide.pipelines.base import Pipeline
-from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
-from ebbtide.pipelines.fill_mask import FillMaskPipeline
-from ebbtide.pipelines.question_answering import QuestionAnsweringPipeline
-from ebbtide.pipelines.text_classification import TextClassificationPipeline
-from ebbtide.pipelines.token_classification import TokenClassificationPipeline
-from ebbtide.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
+
+if TYPE_CHECKING:
+    from ebbtide.pipelines.base import Pipeline
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class Task:
         name: What to pass to `pipeline()`.
         aliases: Other names for it.
         default_model: The model used where none is named, as Transformers.js has it.
-        pipeline: The class that does it.
+        class_name: The class that does it; its module is named for the task.
         takes: What goes in, in words.
         gives: What comes out, in words.
     """
@@ -33,9 +30,15 @@ class Task:
     name: str
     aliases: tuple[str, ...]
     default_model: str
-    pipeline: type[Pipeline]
+    class_name: str
     takes: str
     gives: str
+
+    @property
+    def pipeline(self) -> type[Pipeline]:
+        """The class that does it; imported now, so that nobody waits for the other tasks'."""
+        module = importlib.import_module(f"ebbtide.pipelines.{self.name.replace('-', '_')}")
+        return cast("type[Pipeline]", getattr(module, self.class_name))
 
 
 TASKS: Final[Mapping[str, Task]] = MappingProxyType(
@@ -46,7 +49,7 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 name="feature-extraction",
                 aliases=("embeddings",),
                 default_model="onnx-community/all-MiniLM-L6-v2-ONNX",
-                pipeline=FeatureExtractionPipeline,
+                class_name="FeatureExtractionPipeline",
                 takes="text",
                 gives="vectors, one a token or one a text",
             ),
@@ -54,7 +57,7 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 name="text-classification",
                 aliases=("sentiment-analysis",),
                 default_model="Xenova/distilbert-base-uncased-finetuned-sst-2-english",
-                pipeline=TextClassificationPipeline,
+                class_name="TextClassificationPipeline",
                 takes="text, or two texts",
                 gives="labels with scores",
             ),
@@ -62,7 +65,7 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 name="token-classification",
                 aliases=("ner",),
                 default_model="Xenova/bert-base-multilingual-cased-ner-hrl",
-                pipeline=TokenClassificationPipeline,
+                class_name="TokenClassificationPipeline",
                 takes="text",
                 gives="entities, with labels, scores and places",
             ),
@@ -70,7 +73,7 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 name="question-answering",
                 aliases=(),
                 default_model="Xenova/distilbert-base-cased-distilled-squad",
-                pipeline=QuestionAnsweringPipeline,
+                class_name="QuestionAnsweringPipeline",
                 takes="a question and a context",
                 gives="answers, with scores and places in the context",
             ),
@@ -78,7 +81,7 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 name="fill-mask",
                 aliases=(),
                 default_model="onnx-community/ettin-encoder-32m-ONNX",
-                pipeline=FillMaskPipeline,
+                class_name="FillMaskPipeline",
                 takes="text with masks, as in [MASK] or <mask>",
                 gives="tokens for each mask, with scores",
             ),
@@ -86,7 +89,7 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 name="zero-shot-classification",
                 aliases=(),
                 default_model="Xenova/distilbert-base-uncased-mnli",
-                pipeline=ZeroShotClassificationPipeline,
+                class_name="ZeroShotClassificationPipeline",
                 takes="text, and labels of your own",
                 gives="the labels with scores",
             ),

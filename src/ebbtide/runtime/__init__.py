@@ -3,7 +3,7 @@
 Only this room imports onnxruntime.
 """
 
-from ebbtide.runtime.graph import GraphSession, Waiting, acquire
+from ebbtide.runtime.graph import GraphSession, Waiting, acquire, start
 from ebbtide.runtime.session import (
     OnnxSession,
     Session,
@@ -11,7 +11,6 @@ from ebbtide.runtime.session import (
     TensorInfo,
     open_session,
     providers,
-    start,
     version,
 )
 from ebbtide.runtime.threads import Job, cpu_count, native_threads

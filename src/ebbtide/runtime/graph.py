@@ -33,7 +33,7 @@ from ebbtide.runtime.session import (
     providers,
     version,
 )
-from ebbtide.runtime.store import DATA, Held
+from ebbtide.runtime.store import DATA, Held, cpu_features
 from ebbtide.runtime.threads import native_threads
 
 if TYPE_CHECKING:
@@ -237,6 +237,16 @@ class GraphSession(Native):
         use = self._use
         if use is not None:
             use.session.leak()
+
+
+def start() -> None:
+    """Have ONNX Runtime started, and imported what the first look in the store needs.
+
+    That stays for good, so it is not to be charged to whoever loads first.
+    """
+    version()
+    prepare.store()
+    cpu_features()
 
 
 def acquire(

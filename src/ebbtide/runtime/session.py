@@ -322,11 +322,6 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def start() -> None:
-    """Have ONNX Runtime imported and started."""
-    _onnxruntime()
-
-
 def providers() -> list[str]:
     """The execution providers that the installed ONNX Runtime was built with."""
     return list(_onnxruntime().get_available_providers())

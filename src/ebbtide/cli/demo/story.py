@@ -21,7 +21,7 @@ import ebbtide
 from ebbtide import runtime
 from ebbtide.cli.demo.minilm import NAME
 from ebbtide.memory import anonymous_bytes, reclaim
-from ebbtide.pipelines import FeatureExtractionPipeline
+from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
 from ebbtide.receipts import DisposalReceipt
 
 QUESTIONS: Final = (
