@@ -17,6 +17,8 @@ import pytest
 
 import ebbtide
 from ebbtide import LoadError, PipelineDisposedError, State
+from ebbtide.lifecycle import Lifecycle
+from ebbtide.memory import reaper as reaper_module
 from ebbtide.memory.ledger import ledger
 from ebbtide.runtime import graph as graphs
 
@@ -139,7 +141,10 @@ def test_a_wrong_timeout_is_refused(tiny_bert: Path, timeout: float) -> None:
         pipe.sleep(timeout=timeout)
 
 
-def test_it_waits_for_running_calls(waiting: Any, call: Any) -> None:
+def test_it_waits_for_running_calls_and_is_told_of_the_last(
+    waiting: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ebbtide.settings, "idle_trim", None)  # which wakes the reaper too
     pipe, native = waiting()
     running = call(pipe)
     native.entered.acquire()
@@ -148,11 +153,40 @@ def test_it_waits_for_running_calls(waiting: Any, call: Any) -> None:
     sleeper.start()
     assert pipe.state is State.READY
     native.go.set()
-    sleeper.join(30)
+    sleeper.join(10)  # much less than it has for its calls
     assert not sleeper.is_alive()
     assert isinstance(running.end(), np.ndarray)
     assert pipe.state is State.SLEEPING
     assert receipts[0].verified
+    pipe.dispose()
+
+
+def test_a_call_that_comes_at_the_last_moment_waits_for_the_sleep_and_wakes_it(
+    waiting: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, native = waiting()
+    native.go.set()
+    waking = threading.Event()
+    calls: list[Any] = []
+    ran: list[bool] = []
+    original, wake = reaper_module.Reaper._send_to_sleep, Lifecycle.wake
+
+    def noted(*arguments: Any) -> None:
+        waking.set()
+        wake(*arguments)
+
+    def late(*arguments: Any) -> Any:
+        calls.append(call(pipe))  # nothing ran a moment ago
+        assert waking.wait(30)
+        ran.append(native.entered.acquire(timeout=0.2))
+        return original(*arguments)
+
+    monkeypatch.setattr(Lifecycle, "wake", noted)
+    monkeypatch.setattr(reaper_module.Reaper, "_send_to_sleep", late)
+    assert pipe.sleep().verified
+    assert isinstance(calls[0].end(), np.ndarray)
+    assert ran == [False]
+    assert pipe.state is State.READY
     pipe.dispose()
 
 
@@ -204,7 +238,7 @@ def test_asked_for_from_inside_a_call_it_sleeps_once_that_has_ended(
 
 def test_of_two_owners_the_last_to_sleep_frees(tiny_bert: Path) -> None:
     with load(tiny_bert) as first, load(tiny_bert) as second:
-        expected = first(TEXT)
+        expected = second(TEXT)
         receipt = first.sleep()
         assert receipt.charged == 0
         assert "shared with 1" in receipt.reasons

@@ -320,7 +320,8 @@ print(child, flush=True)
 ENDS = {
     "the end of the program": "",
     "sys.exit in a pipeline's block": "with pipe: sys.exit()",
-    "Ctrl-C": "try:\n    os.kill(0, signal.SIGINT)\n    threading.Event().wait()\n"
+    "Ctrl-C": "assert os.getpgid(int(child)) != os.getpgid(0)\n"
+    "try:\n    os.kill(0, signal.SIGINT)\n    threading.Event().wait()\n"
     "except KeyboardInterrupt:\n    pass",
     "an error": "pipe.dispose()\nsys.stderr.close()\nraise SystemExit(0) from ValueError()",
 }

@@ -214,6 +214,7 @@ def test_a_child_that_is_killed_at_any_step_leaves_nothing_behind(
         found, result = answer()
     assert found == ("prepared" if step in ("renamed", "pruning") else "original")
     assert np.array_equal(result, right())
+    assert not list(root.glob("prepared/.*")), "who asked for it has swept"
     for left in root.rglob(".*.json.*"):  # a note's, which goes once it is old
         os.utime(left, (1, 1))
     prepare.store().sweep()
@@ -237,6 +238,29 @@ def test_a_disk_that_fills_up_while_a_copy_is_written_is_tried_again_later(
     assert np.array_equal(result, right())
     assert left_over(root) == []
     assert_as_new(root)
+
+
+BROKEN = """
+import shutil, types
+def broken(*arguments):
+    raise session.LoadError("it could not be written", path="model.onnx")
+session.write_prepared = broken
+"""
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_fails_is_remembered_only_where_there_was_room(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    script = BROKEN
+    if not room:
+        script += "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1_000)"
+    with monkeypatch.context() as patch:
+        for name, value in at(script, "", tmp_path).items():
+            patch.setenv(name, value)
+        assert answer()[0] == "original"
+    assert len(list(root.glob("refused/*.json"))) == room
+    assert left_over(root) == []
 
 
 @pytest.fixture

@@ -287,18 +287,22 @@ def test_removing_does_not_take_what_came_in_its_place(
         assert found.manifest.files[DATA][0] == 50_000
 
 
+@pytest.mark.parametrize("again", [True, False])
 def test_an_entry_that_is_removed_while_it_is_taken_is_none(
-    store: Store, entry: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, entry: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     original = stores._lock
 
     def slow(descriptor: int, *, shared: bool) -> bool:
         monkeypatch.setattr(stores, "_lock", original)
         store.prune(0)
+        if again:
+            publish(store)
         return original(descriptor, shared=shared)
 
     monkeypatch.setattr(stores, "_lock", slow)
-    assert store.hold(KEY, VERSION) is None
+    assert store.hold(KEY, VERSION) is None, "the lock is on what was removed"
+    assert len(copies(store.root)) == again
 
 
 def test_one_process_writes_an_entry_at_a_time(store: Store) -> None:
