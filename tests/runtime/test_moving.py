@@ -443,3 +443,18 @@ def test_what_happens_to_an_entry_does_not_reach_who_runs_on_it(root: Path) -> N
     for one in users:
         ended(one)
     assert left_over(root) == []
+
+
+def test_a_store_that_came_ready_and_cannot_be_written_is_moved_to(
+    background: Path, moved: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image: no hash is remembered there, so the first look finds nothing."""
+    expected = right()
+    prepared()
+    for note in (background / "identities").iterdir():
+        note.unlink()
+    monkeypatch.setattr(prepare, "cannot", lambda size: "it is read-only")
+    with load(prepare=None) as pipe:
+        assert moved.wait(60)
+        assert source(pipe) == "prepared"
+        assert np.array_equal(pipe(TEXT), expected)

@@ -273,6 +273,15 @@ def _ask(request: str, token: CancelToken) -> str:
 _Wish = tuple[Path, "SessionOptions", int, Callable[[], object]]
 
 
+def _is_there(graph: Path, options: SessionOptions) -> bool:
+    from ebbtide.runtime import session as sessions
+
+    found = store().key(
+        graph, onnxruntime=sessions.version(), options=shape_of(options), compute=True
+    )
+    return found is not None and store().has(found[0])
+
+
 class Background:
     """Makes copies while the originals are in use, one at a time, and has their users move."""
 
@@ -325,10 +334,13 @@ class Background:
                 graph, options, size, then = self._wishes.popleft()
             try:
                 reason = cannot(size)
-                if reason:
-                    log.info("No prepared copy of %s is made: %s.", graph, reason)
-                    continue
-                if prepare(graph, options, self._token) is not None:
+                if not reason:
+                    made = prepare(graph, options, self._token) is not None
+                else:  # as in an image whose store came with it, and cannot be written
+                    made = _is_there(graph, options)
+                    if not made:
+                        log.info("No prepared copy of %s is made: %s.", graph, reason)
+                if made:
                     then()
             except PipelineCancelledError:
                 return
