@@ -482,29 +482,30 @@ def test_a_forked_child_neither_wakes_nor_hangs(fresh_process: Any) -> None:
     assert out.split() == ["inherited"] * 3 + ["0"]
 
 
-def test_the_memory_of_a_sleeper_is_back(fresh_process: Any) -> None:
+def test_the_memory_of_sleepers_is_back(fresh_process: Any) -> None:
     out = fresh_process(
         """
         from ebbtide import memory
         import ebbtide
-        def big():
-            return ebbtide.pipeline("feature-extraction", MODEL, session_options={"threads": 1})
-        big().dispose()
-        with big() as pipe:
-            pipe(["the sea"] * 8)
-            pipe.sleep(deep=True)  # what the first cycle takes is taken
-            asleep = memory.anonymous_bytes()
-            for _ in range(20):
+        def load(number):
+            options = {"threads": 1, "entries": {"of.this.test": str(number)}}
+            return ebbtide.pipeline("feature-extraction", MODEL, session_options=options)
+        def cycle():
+            for pipe in pipes:
                 pipe(["the sea"] * 8)
-                pipe.sleep(deep=True)
-            print(memory.anonymous_bytes() - asleep)
-            awake = [pipe.wake(), memory.anonymous_bytes()][1]
-            receipt = pipe.sleep(deep=True)
-            print(awake - memory.anonymous_bytes(), receipt.released, receipt.verified)
+            awake = memory.anonymous_bytes()
+            receipts = [pipe.sleep(deep=True) for pipe in pipes]
+            return awake, memory.anonymous_bytes(), receipts
+        pipes = [load(number) for number in range(16)]
+        cycle()  # what the first one takes is taken
+        _, floor, _ = cycle()
+        for _ in range(5):
+            awake, asleep, receipts = cycle()
+        print(awake - asleep, asleep - floor, all(one.verified for one in receipts))
+        ebbtide.dispose_all()
         """
     )
-    drift, gone, released, verified = out.split()
-    assert int(drift) < 600_000, "twenty naps leave less than one session takes"
-    assert int(gone) > 600_000
-    assert int(released) > 600_000
+    back, drift, verified = out.split()
+    assert int(back) > 6_000_000, "sixteen sessions of 0.6 MB each"
+    assert int(drift) < 1_000_000
     assert verified == "True"

@@ -233,7 +233,7 @@ NAMES = st.text(
 ).filter(lambda name: len(name.encode()) <= 4096)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(parts=st.lists(NAMES, max_size=4), noise=st.binary(max_size=64))
 def test_every_location_is_found_whatever_lies_between(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], noise: bytes
@@ -245,7 +245,7 @@ def test_every_location_is_found_whatever_lies_between(
         assert list(found) == list(dict.fromkeys(parts))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(
     pieces=st.lists(
         st.binary(max_size=12)

@@ -454,7 +454,7 @@ def test_processes_that_publish_hold_and_prune_at_once_never_meet_half_an_entry(
     store, seen = Store(Path({str(store.root)!r})), 0
     print("ready", flush=True)
     sys.stdin.readline()
-    for _ in range(40):
+    for _ in range(25):
         act = random.randrange(4)
         if act == 0:
             store.prune(0)
