@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -319,6 +320,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    # What is measured is the original: a prepared copy that is there by chance is not used.
+    os.environ.update(EBBTIDE_PREPARE="off", EBBTIDE_CACHE_DIR="no-store")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")
     parser.add_argument("--dtype", default="fp32")
