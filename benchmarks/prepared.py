@@ -381,8 +381,8 @@ def copies(model: Path, dtype: str, folder: Path) -> list[Path]:
         (target / "onnx").mkdir()
         chance = random.Random(number)
         other = bytearray(content)
-        for _ in range(50):  # the last bits of weights, which are most of the file
-            at = chance.randrange(len(other) // 4, len(other) // 2)
+        for _ in range(50):  # bits of the layers' weights
+            at = chance.randrange(len(other) * 6 // 10, len(other) * 9 // 10)
             other[at] ^= 1
         (target / "onnx" / name).write_bytes(other)
         made.append(target)
