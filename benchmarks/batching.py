@@ -6,8 +6,8 @@ MODEL is a folder or an installed model, with a file in both dtypes. Everything 
 in turns, and what is compared is the ratio of one round, so that a machine's mood is in both; over
 the rounds the median is given, with the quartiles.
 
-- mixed: 64 texts of 1 to 25 sentences to pooled vectors, by a pipeline and by hand (tokenizers,
-  onnxruntime with its defaults, one padded batch).
+- mixed: 64 texts of 1 to 25 sentences to pooled vectors, by a pipeline over the prepared model and
+  by hand (tokenizers, onnxruntime with its defaults, one padded batch).
 - short: one short text, by a pipeline and by hand.
 - budgets: the runs alone, of 256 such texts, in batches of so many tokens, beside one by one.
 - quantised: the same 64 texts on the quantised file, in four kinds of batches: how far a vector of
@@ -155,7 +155,7 @@ def pipeline(options: argparse.Namespace, dtype: str) -> Any:
         options.model,
         dtype=dtype,
         session_options={"threads": options.threads},
-        prepare=False,
+        prepare="now",
     )
 
 

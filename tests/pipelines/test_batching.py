@@ -35,15 +35,17 @@ class Runs:
 
     def __init__(self, pipe: Any, inside: Inside = lambda number, token: None) -> None:
         self.batches: list[Batch] = []
+        self.in_lanes: list[bool] = []
         self._forward = pipe._model.forward
         self._inside = inside
         pipe._model.forward = self
 
-    def __call__(self, batch: Batch, token: CancelToken) -> Any:
+    def __call__(self, batch: Batch, token: CancelToken, *, in_lane: bool = False) -> Any:
         self.batches.append(batch)
+        self.in_lanes.append(in_lane)
         self._inside(len(self.batches), token)
         token.check()
-        return self._forward(batch, token)
+        return self._forward(batch, token, in_lane=in_lane)
 
     @property
     def rows(self) -> list[int]:
@@ -136,8 +138,8 @@ def test_what_a_graph_gives_is_let_go_before_the_next_batch_runs(pipe: Any) -> N
     runs = Runs(pipe, inside)
     forward = runs._forward
 
-    def noted(batch: Batch, token: CancelToken) -> Any:
-        found = forward(batch, token)
+    def noted(batch: Batch, token: CancelToken, *, in_lane: bool) -> Any:
+        found = forward(batch, token, in_lane=in_lane)
         given.extend(map(weakref.ref, found))
         return found
 

@@ -331,3 +331,175 @@ def test_the_number_of_native_threads_is_a_setting(fresh_process: Any, count: in
         EBBTIDE_NATIVE_THREADS=str(count),
     )
     assert seen.strip() == str(count)
+
+
+# Work that several threads share
+
+
+def each(items: Any, work: Callable[[Any], Any], helpers: int = 1) -> list[Any]:
+    """What comes of it, as a call on a native thread sees it."""
+    token = CancelToken("the test")
+    return submit(
+        lambda: list(native_threads.each(items, work, token, helpers=helpers)), token
+    ).wait()
+
+
+def test_every_item_is_worked_on_once() -> None:
+    for helpers in (0, 1, 7):
+        found = each(range(100), lambda item: item * item, helpers)
+        assert sorted(found) == [item * item for item in range(100)]
+    assert each([], lambda item: item) == []
+    assert each([1, 2], lambda item: None) == [None, None]
+
+
+def test_two_threads_work_at_once_on_what_one_call_has_to_do() -> None:
+    together = threading.Barrier(2, timeout=60)
+    names = each(range(2), lambda item: (together.wait(), threading.current_thread().name)[1])
+    assert len(set(names)) == 2
+
+
+def test_nobody_waits_for_a_thread_that_is_busy_elsewhere(fresh_process: Any) -> None:
+    fresh_process(
+        """
+        import threading, ebbtide
+        from ebbtide.cancellation import CancelToken
+        from ebbtide.runtime import native_threads
+
+        ebbtide.settings.native_threads = 2
+        free, busy, token = threading.Event(), threading.Event(), CancelToken("test")
+        other = native_threads.submit(lambda: (busy.set(), free.wait()), token, lambda: None)
+        busy.wait()
+
+        def work():
+            return list(native_threads.each(range(3), lambda item: item, token, helpers=1))
+
+        assert native_threads.submit(work, token, lambda: None).wait() == [0, 1, 2]
+        free.set()
+        other.wait()
+        """
+    )
+
+
+def test_a_job_that_comes_meanwhile_runs_before_a_helpers_next_item(fresh_process: Any) -> None:
+    fresh_process(
+        """
+        import threading, ebbtide
+        from ebbtide.cancellation import CancelToken
+        from ebbtide.runtime import native_threads
+
+        ebbtide.settings.native_threads = 2
+        token, came = CancelToken("test"), threading.Event()
+        both, order, first = threading.Barrier(2), [], threading.Event()
+
+        def item(number):
+            if number < 2:
+                both.wait()  # one here, one on the other thread
+                first.set()
+            if number == (0 if threading.current_thread().name == caller else 1):
+                came.wait()
+            if number >= 2 and threading.current_thread().name == caller:
+                done.wait()  # the other thread alone can go on: with the job that came
+            return number
+
+        def work():
+            global caller
+            caller = threading.current_thread().name
+            return sorted(native_threads.each(range(5), item, token, helpers=1))
+
+        done = threading.Event()
+        call = native_threads.submit(work, token, lambda: None)
+        first.wait()
+        job = native_threads.submit(lambda: done.set(), token, lambda: None)
+        came.set()
+        job.wait()
+        assert call.wait() == [0, 1, 2, 3, 4]
+        """
+    )
+
+
+def test_what_fails_on_another_thread_is_raised_once_all_that_was_begun_has_ended() -> None:
+    together = threading.Barrier(2, timeout=60)
+    begun: list[int] = []
+    caller: list[str] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        together.wait()
+        if threading.current_thread().name != caller[0]:
+            raise ValueError("on the other thread")
+        return item
+
+    def call() -> None:
+        caller.append(threading.current_thread().name)
+        for _ in native_threads.each(range(2), work, CancelToken("the test"), helpers=1):
+            pass
+
+    with pytest.raises(ValueError, match="on the other thread"):
+        submit(call).wait()
+    assert sorted(begun) == [0, 1]
+
+
+def test_who_turns_away_waits_for_what_others_have_begun_and_begins_no_more() -> None:
+    together = threading.Barrier(2, timeout=60)
+    turned, ended = threading.Event(), threading.Event()
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        together.wait()
+        if threading.current_thread().name != caller[0]:
+            turned.wait()
+            ended.set()
+        return item
+
+    caller: list[str] = []
+
+    def call() -> bool:
+        caller.append(threading.current_thread().name)
+        results = native_threads.each(range(9), work, CancelToken("the test"), helpers=1)
+        next(results)
+        turned.set()
+        results.close()
+        return ended.is_set()
+
+    assert submit(call).wait()
+    assert sorted(begun) == [0, 1]
+
+
+def test_a_cancelled_call_stops_what_runs_on_other_threads() -> None:
+    together = threading.Barrier(3, timeout=60)
+    token = CancelToken("the test")
+
+    def work(item: int) -> None:
+        together.wait()
+        while not token.cancelled:
+            pass
+        token.check()
+
+    job = submit(lambda: list(native_threads.each(range(9), work, token, helpers=1)), token)
+    together.wait()
+    token.cancel()
+    with pytest.raises(ebbtide.PipelineCancelledError):
+        job.wait()
+
+
+def test_a_trim_has_idle_threads_empty_their_caches_and_waits_for_no_busy_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ebbtide.memory import reclaim
+    from ebbtide.memory.allocator import allocator
+
+    names: list[str] = []
+    both, free = threading.Barrier(3, timeout=60), threading.Event()
+    jobs = [submit(lambda: (both.wait(), free.wait())) for _ in range(2)]
+    both.wait()
+    monkeypatch.setattr(
+        allocator, "empty_thread_cache", lambda: names.append(threading.current_thread().name)
+    )
+    reclaim()
+    free.set()
+    for job in jobs:
+        job.wait()
+    names.clear()
+    reclaim()
+    assert any(name.startswith("ebbtide-native") for name in names)

@@ -50,9 +50,11 @@ class Allocator:
         name: ``glibc``, ``jemalloc``, ``mimalloc``, ``tcmalloc``, ``macos``, ``windows`` or
             ``other``.
         method: The call that gives memory back, for receipts; it says so where there is none.
+        tell_threads: Has the threads that run native code and are idle `empty_thread_cache`.
     """
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
+        self.tell_threads: Callable[[], None] = lambda: None
         self._library = _process_library() if library is None else library
         self.name, self.method, self._give_back = _recognise(self._library)
         self.forget()
@@ -77,7 +79,9 @@ class Allocator:
         if not settings.trim:
             return "none (settings.trim is off)"
         if own_thread.is_own:
-            self._empty_thread_cache()
+            self.empty_thread_cache()
+            if not own_thread.is_native:
+                self.tell_threads()
         with self.shrinking():
             for thread in tuple(self._ballasts):
                 self.drop_ballast(thread)
@@ -148,12 +152,12 @@ class Allocator:
         """
         if thread in self._ballasts or self.name != "glibc" or settings.malloc != "tuned":
             return
-        self._empty_thread_cache()
+        self.empty_thread_cache()
         chunk = self._library.malloc(_BALLAST)
         if chunk:
             self._ballasts[thread] = chunk
 
-    def _empty_thread_cache(self) -> None:
+    def empty_thread_cache(self) -> None:
         """Give back the small freed chunks that this thread keeps for itself, in 1 ms.
 
         glibc keeps some of each size for the thread that freed them, where no trim finds them. They

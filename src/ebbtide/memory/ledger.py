@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
@@ -335,15 +336,19 @@ class Ledger:
         return Lease(self, entry, value)
 
     def _charge(self, entry: _Entry, value: Native, window: Window) -> None:
-        """Charge a thing for what its load took, or for what it takes where that was measured."""
+        """Charge a thing for what its load took, or for what it takes where that was measured.
+
+        Of both the smaller: it may lie in pages that the process had already, and what a load freed
+        need not have been given back yet.
+        """
         change, quiet = window.close()
-        entry.charge, entry.quiet = max(0, change), quiet
+        charge, entry.quiet = max(0, change), quiet
         key = (entry.key, value.source)
         if quiet:
-            self._quiet_charges[key] = entry.charge
+            self._quiet_charges[key] = charge
         else:
-            known = self._quiet_charges.get(key, value.measured)
-            entry.charge = entry.charge if known is None else known
+            charge = self._quiet_charges.get(key, charge if value.measured is None else sys.maxsize)
+        entry.charge = charge if value.measured is None else min(charge, value.measured)
 
     def rest(self, entry: _Entry) -> Sequence[Remains]:
         """One less has use of a thing; the last frees it for now. Called by leases only."""

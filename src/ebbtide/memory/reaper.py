@@ -85,6 +85,7 @@ class Reaper:
         self._drowsy: list[SleepRequest] = []
         self._tidy: tuple[float, Window | None] | None = None
         self._is_told = False
+        self._when_idle: list[Callable[[], None]] = []
         self._low = 0
         self._draining: dict[Lifecycle, _Draining] = {}
         self._thread: threading.Thread | None = None
@@ -110,6 +111,11 @@ class Reaper:
             self._is_told = True
             self._queue.put(self._tidy_later)
 
+    def when_idle(self, function: Callable[[], None]) -> None:
+        """Have ``function`` run once calls have ended and nothing goes on; on a thread of ours."""
+        if settings.idle_trim is not None:
+            self._when_idle.append(function)
+
     def _tidy_later(self) -> None:
         if settings.idle_trim is not None:
             self._tidy = (self._clock() + settings.idle_trim, activity.latest)
@@ -124,7 +130,10 @@ class Reaper:
             self._tidy_later()
             return
         self._is_told = False
-        if anonymous_bytes() - self._low > _WORTH_A_TRIM:
+        kept, self._when_idle = self._when_idle, []
+        for function in kept:
+            _guarded(function)
+        if kept or anonymous_bytes() - self._low > _WORTH_A_TRIM:
             allocator.trim()
             self._low = anonymous_bytes()
 

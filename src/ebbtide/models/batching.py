@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 
 from numpy.typing import NDArray
@@ -15,9 +16,13 @@ from numpy.typing import NDArray
 from ebbtide.cancellation import CancelToken
 from ebbtide.models.text_encoder import TextEncoder
 from ebbtide.models.tokenizer import Batch, Encoding, Tokens
+from ebbtide.runtime import native_threads
 
 BATCH_TOKENS: Final = 2048
 """Tokens of a batch, padding included: as measured by ``benchmarks/batching.py``."""
+
+LANE_TOKENS: Final = 512
+"""The same where batches run beside one another, each on one thread."""
 
 RUN_TOKENS: Final = 32
 """About so many tokens take as long as what a run costs however little it reads."""
@@ -138,13 +143,18 @@ def answers(
         rows = [(one, number) for one in some for number in range(one.left)]
         lengths = [len(one.rows[number]) for one, number in rows]
         width = max(lengths) if work.one_width else 0
+        widths = [max(one, width) for one in lengths]
+        lanes = model.lanes if sum(widths) > BATCH_TOKENS else 1
+        plan = batches(widths, size=size, tokens=LANE_TOKENS if lanes > 1 else BATCH_TOKENS)
+        lanes = min(lanes, len(plan))
+        run = partial(_run, model, work, token, width, lanes > 1)
+        together = [[rows[place] for place in places] for places in plan]
         first = 0
-        for places in batches([max(one, width) for one in lengths], size=size):
-            token.check()
-            batch = [rows[place] for place in places]
-            encoded = [one.rows[number] for one, number in batch]
-            padded = model.tokenizer.pad(encoded, width)
-            kept = work.keep(encoded, padded, model.forward(padded, token))
+        if len(together) == 1:
+            runs: Iterable[tuple[list[tuple[_Input, int]], list[Any]]] = (run(together[0]),)
+        else:
+            runs = native_threads.each(together, run, token, helpers=lanes - 1)
+        for batch, kept in runs:
             for (one, number), of_it in zip(batch, kept, strict=True):
                 one.keep(number, of_it, work)
                 done += not one.left
@@ -153,6 +163,22 @@ def answers(
                 known += 1
             yield done, [one.result for one in some[first:known]]
             first = known
+
+
+def _run(
+    model: TextEncoder,
+    work: Work,
+    token: CancelToken,
+    width: int,
+    in_lane: bool,
+    batch: list[tuple[_Input, int]],
+) -> tuple[list[tuple[_Input, int]], list[Any]]:
+    """Run one batch; returns it, and what is kept of each of its rows."""
+    token.check()
+    encoded = [one.rows[number] for one, number in batch]
+    padded = model.tokenizer.pad(encoded, width)
+    given = model.forward(padded, token, in_lane=in_lane)
+    return batch, list(work.keep(encoded, padded, given))
 
 
 def unpadded(batch: Batch, values: NDArray[Any]) -> Iterator[NDArray[Any]]:

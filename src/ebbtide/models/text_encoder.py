@@ -194,7 +194,15 @@ class TextEncoder:
         """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
         return self.dtype in _DYNAMIC
 
-    def forward(self, batch: Batch, token: CancelToken) -> list[NDArray[Any]]:
+    @property
+    def lanes(self) -> int:
+        """How many batches at once, each with ``in_lane``, are faster than one after another."""
+        session = self._session.value
+        return 1 if session is None else session.lanes
+
+    def forward(
+        self, batch: Batch, token: CancelToken, *, in_lane: bool = False
+    ) -> list[NDArray[Any]]:
         """What the graph gives for a batch: one array an output of the task.
 
         Raises:
@@ -205,7 +213,7 @@ class TextEncoder:
         if session is None:
             raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
         feeds = {one.name: _feed(one, batch) for one in self._inputs}
-        return session.run(feeds, self._outputs, token)
+        return session.run(feeds, self._outputs, token, in_lane=in_lane)
 
 
 def _check_inputs(inputs: Sequence[TensorInfo], model: str) -> None:

@@ -242,6 +242,8 @@ class FeatureExtractionPipeline(Pipeline):
 
 def _stacked(rows: Sequence[Vectors], tokenizer: Tokenizer) -> Vectors:
     """One array of the texts' own; shorter ones are filled up with zeros."""
+    if len(rows) == 1:
+        return rows[0][None]
     width = max(map(len, rows))
     if all(len(one) == width for one in rows):
         return np.stack(rows)

@@ -53,7 +53,12 @@ class FakeSession(Native):
         self._function = function
 
     def run(
-        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        outputs: Sequence[str],
+        token: CancelToken,
+        *,
+        in_lane: bool = False,
     ) -> list[NDArray[Any]]:
         """Run the function once."""
         self.runs += 1

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +31,7 @@ from ebbtide.runtime.session import (
     open_prepared,
     open_session,
     providers,
+    threads_of,
     version,
 )
 from ebbtide.runtime.store import DATA, Held, cpu_features
@@ -50,10 +51,54 @@ class _Use:
     held: Held | None
     running: int = 0
     retired: bool = False
+    lane: OnnxSession | None = None
+    """One more over the same prepared copy, which runs on the thread that calls it alone."""
+    lane_lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    lane_runs: int = 0
+    has_lanes: bool = True
+
+    @contextlib.contextmanager
+    def in_lane(self, options: SessionOptions, token: CancelToken) -> Iterator[OnnxSession]:
+        """The session for a run beside others of its call, opened at the first."""
+        with self.lane_lock:
+            if self.lane is None and self.has_lanes:
+                self._open_lane(options, token)
+            session = self.lane or self.session
+            self.lane_runs += 1
+        try:
+            yield session
+        finally:
+            with self.lane_lock:
+                self.lane_runs -= 1
+
+    def _open_lane(self, options: SessionOptions, token: CancelToken) -> None:
+        assert self.held is not None
+        try:
+            self.lane = open_prepared(
+                self.held.graph, dataclasses.replace(options, threads=1), token
+            )
+        except LoadError:
+            self.has_lanes = False  # its other session does
+        else:
+            reaper.when_idle(self.close_lane)
+
+    def close_lane(self) -> None:
+        """Free the further session, if nothing runs on it: the next run in a lane opens it."""
+        with self.lane_lock:
+            lane = None if self.lane_runs else self.lane
+            if lane is not None:
+                self.lane = None
+            elif self.lane is not None:
+                reaper.when_idle(self.close_lane)
+        if lane is not None:
+            lane.close()
 
     def close(self) -> Sequence[Remains]:
+        with self.lane_lock:
+            lane, self.lane = self.lane, None
+            self.has_lanes = False
         with allocator.shrinking():
-            remains = self.session.close()
+            remains = [*(lane.close() if lane is not None else ()), *self.session.close()]
         if self.held is not None:
             self.held.close()
         return remains
@@ -118,6 +163,18 @@ class GraphSession(Native):
         use = self._use
         return use.held.manifest.anonymous if use is not None and use.held is not None else None
 
+    @property
+    def lanes(self) -> int:
+        """How many runs at once, each with ``in_lane``, are faster than one after another.
+
+        Two threads that work on two runs wait less than two that work on one. It takes a further
+        session, which costs what a prepared copy costs, and so there are none of an original.
+        """
+        use = self._use
+        if use is None or use.held is None or not use.has_lanes:
+            return 1
+        return threads_of(self.options)
+
     def _open(self, token: CancelToken) -> _Use:
         return self._open_prepared(token) or _Use(
             open_session(self.path, self._device_name, self.options, token), None
@@ -173,9 +230,21 @@ class GraphSession(Native):
         return None
 
     def run(
-        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        outputs: Sequence[str],
+        token: CancelToken,
+        *,
+        in_lane: bool = False,
     ) -> list[NDArray[Any]]:
-        """Run it once; see `Session.run`. One that is asleep wakes."""
+        """Run it once; see `Session.run`. One that is asleep wakes.
+
+        Args:
+            feeds: One array an input.
+            outputs: The names of the outputs to compute.
+            token: Stops the run from another thread.
+            in_lane: Whether it is one of `lanes` runs at once.
+        """
         with self._lock:
             if self._closed:
                 raise PipelineDisposedError(f"{token.label} was disposed.", pipeline=token.label)
@@ -184,7 +253,10 @@ class GraphSession(Native):
             use = self._use
             use.running += 1
         try:
-            return use.session.run(feeds, outputs, token)
+            if not in_lane:
+                return use.session.run(feeds, outputs, token)
+            with use.in_lane(self.options, token) as session:
+                return session.run(feeds, outputs, token)
         finally:
             with self._lock:
                 use.running -= 1
@@ -237,6 +309,8 @@ class GraphSession(Native):
         use = self._use
         if use is not None:
             use.session.leak()
+            if use.lane is not None:
+                use.lane.leak()
 
 
 def start() -> None:

@@ -332,13 +332,18 @@ def version() -> str:
     return str(_onnxruntime().__version__)
 
 
+def threads_of(options: SessionOptions) -> int:
+    """Threads that one run has to itself; 1 where all sessions share a pool."""
+    return 1 if _shared_threads() else options.threads or settings.threads or cpu_count()
+
+
 def _native_options(onnxruntime: Any, options: SessionOptions) -> Any:
     native = onnxruntime.SessionOptions()
     native.log_severity_level = 4  # what goes wrong is raised, and not printed as well
     if _shared_threads():
         native.use_per_session_threads = False
     else:
-        native.intra_op_num_threads = options.threads or settings.threads or cpu_count()
+        native.intra_op_num_threads = threads_of(options)
         native.inter_op_num_threads = 1
     native.enable_cpu_mem_arena = options.arena
     native.enable_mem_pattern = options.arena
