@@ -1,0 +1,1 @@
+"""Token by token: what a step needs of a model, which token comes next, and when it ends."""
