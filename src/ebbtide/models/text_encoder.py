@@ -213,7 +213,8 @@ class TextEncoder:
         if session is None:
             raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
         feeds = {one.name: _feed(one, batch) for one in self._inputs}
-        return session.run(feeds, self._outputs, token, in_lane=in_lane)
+        run = session.run_in_lane if in_lane else session.run
+        return run(feeds, self._outputs, token)
 
 
 def _check_inputs(inputs: Sequence[TensorInfo], model: str) -> None:

@@ -53,12 +53,7 @@ class FakeSession(Native):
         self._function = function
 
     def run(
-        self,
-        feeds: Mapping[str, NDArray[Any]],
-        outputs: Sequence[str],
-        token: CancelToken,
-        *,
-        in_lane: bool = False,
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
     ) -> list[NDArray[Any]]:
         """Run the function once."""
         self.runs += 1

@@ -230,21 +230,22 @@ class GraphSession(Native):
         return None
 
     def run(
-        self,
-        feeds: Mapping[str, NDArray[Any]],
-        outputs: Sequence[str],
-        token: CancelToken,
-        *,
-        in_lane: bool = False,
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
     ) -> list[NDArray[Any]]:
-        """Run it once; see `Session.run`. One that is asleep wakes.
+        """Run it once; see `Session.run`. One that is asleep wakes."""
+        with self._used(token) as use:
+            return use.session.run(feeds, outputs, token)
 
-        Args:
-            feeds: One array an input.
-            outputs: The names of the outputs to compute.
-            token: Stops the run from another thread.
-            in_lane: Whether it is one of `lanes` runs at once.
-        """
+    def run_in_lane(
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
+    ) -> list[NDArray[Any]]:
+        """The same as one of `lanes` runs at once."""
+        with self._used(token) as use, use.in_lane(self.options, token) as session:
+            return session.run(feeds, outputs, token)
+
+    @contextlib.contextmanager
+    def _used(self, token: CancelToken) -> Iterator[_Use]:
+        """The native session of this moment, which stays until this run has ended."""
         with self._lock:
             if self._closed:
                 raise PipelineDisposedError(f"{token.label} was disposed.", pipeline=token.label)
@@ -253,10 +254,7 @@ class GraphSession(Native):
             use = self._use
             use.running += 1
         try:
-            if not in_lane:
-                return use.session.run(feeds, outputs, token)
-            with use.in_lane(self.options, token) as session:
-                return session.run(feeds, outputs, token)
+            yield use
         finally:
             with self._lock:
                 use.running -= 1
