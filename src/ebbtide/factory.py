@@ -18,8 +18,8 @@ from ebbtide.lifecycle import Lifecycle, State, end_of_process
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.catalog import ModelSummary, PreparedModel, summarise
 from ebbtide.models.config import ModelConfig
+from ebbtide.models.loading import LoadOptions
 from ebbtide.models.onnx_files import ByFile, ExternalData
-from ebbtide.models.text_encoder import LoadOptions, TextEncoder
 from ebbtide.models.tokenizer import TOKENIZER_FILES
 from ebbtide.pipelines import Pipeline, find
 from ebbtide.runtime import Job, SessionOptions, native_threads
@@ -263,18 +263,16 @@ def _prepare(
             cancel=token,
         )
         kind = chosen.pipeline
-        encoder = TextEncoder.load(
+        loaded = kind.load(
             files,
             load_options,
-            kind.outputs,
-            kind.extra_files,
             lifecycle,
             token,
             lambda status: listener(ProgressEvent(status=status, model=files.name)),
         )
-        about = kind.read(files, encoder)
+        about = kind.read(files, loaded)
         listener(ProgressEvent(status="ready", task=chosen.name, model=files.name))
-        return lambda life: kind(life, encoder, about)
+        return lambda life: kind(life, loaded, about)
 
     return lifecycle, lambda: native_threads.submit(load, token, lambda: lifecycle.leave(token))
 

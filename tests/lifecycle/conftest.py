@@ -17,6 +17,7 @@ from ebbtide.lifecycle import Lifecycle, State
 from ebbtide.memory.ledger import Native, ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.config import ModelConfig
+from ebbtide.models.loading import Loaded
 from ebbtide.models.text_encoder import FEATURES, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
@@ -78,13 +79,7 @@ def make(session: WaitingSession, folder: Path) -> FeatureExtractionPipeline:
         lease = ledger.acquire(id(session), "session", lambda: session, CancelToken("test"))
         lifecycle.resources += [tokenizer.lease, lease]
         return TextEncoder(
-            name="waiting",
-            config=config,
-            tokenizer=tokenizer,
-            session=lease,
-            outputs=FEATURES,
-            dtype="fp32",
-            label=lifecycle.label,
+            Loaded("waiting", config, tokenizer, lease, "fp32", lifecycle.label), FEATURES
         )
 
     encoder = native_threads.submit(load, token, lambda: None).wait()

@@ -13,6 +13,7 @@ import ebbtide
 from ebbtide.cancellation import CancelToken
 from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.models.config import ModelConfig
+from ebbtide.models.loading import Loaded
 from ebbtide.models.text_encoder import FEATURES, TextEncoder
 from ebbtide.models.tokenizer import Batch, Tokenizer
 from ebbtide.runtime import TensorInfo
@@ -40,13 +41,7 @@ def encoder(inputs: Mapping[str, str], *outputs: str) -> Iterator[tuple[TextEnco
     lease: Lease[Any] = ledger.acquire(object(), "session", lambda: fake, CancelToken("test"))
     try:
         made = TextEncoder(
-            name="a/model",
-            config=CONFIG,
-            tokenizer=cast(Tokenizer, None),
-            session=lease,
-            outputs=FEATURES,
-            dtype="fp32",
-            label="the test",
+            Loaded("a/model", CONFIG, cast(Tokenizer, None), lease, "fp32", "the test"), FEATURES
         )
         yield made, seen, lease
     finally:

@@ -13,8 +13,8 @@ from pathlib import Path
 from ebbtide.errors import DownloadError, InputError, ModelNotFoundError
 from ebbtide.hub import ModelFiles, Repository, default_root, is_id
 from ebbtide.models.config import ModelConfig
+from ebbtide.models.loading import LoadOptions
 from ebbtide.models.onnx_files import available
-from ebbtide.models.text_encoder import LoadOptions
 from ebbtide.models.tokenizer import TOKENIZER_FILES
 
 

@@ -5,24 +5,19 @@ One driver for every architecture: what is fed is led by what the session takes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebbtide import runtime
-from ebbtide._settings import Prepare
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
-from ebbtide.memory.ledger import Lease
-from ebbtide.models.config import ModelConfig
-from ebbtide.models.onnx_files import ByFile, ExternalData, OnnxFile, choose
-from ebbtide.models.tokenizer import TOKENIZER_FILES, Batch, Tokenizer
-from ebbtide.runtime import GraphSession, SessionOptions, TensorInfo, Waiting, devices, dtypes
+from ebbtide.models.loading import Loaded, LoadOptions
+from ebbtide.models.tokenizer import Batch
+from ebbtide.runtime import TensorInfo, Waiting
 
 _FED: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
@@ -37,72 +32,21 @@ LOGITS: Final[Outputs] = (("logits",),)
 SPANS: Final[Outputs] = (("start_logits",), ("end_logits",))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What a user may choose of a model's load; see `ebbtide.pipeline`."""
-
-    device: ByFile = "cpu"
-    dtype: ByFile = None
-    subfolder: str = "onnx"
-    model_file_name: str | None = None
-    use_external_data_format: ExternalData = None
-    session_options: SessionOptions = dataclasses.field(default_factory=SessionOptions)
-    prepare: Prepare | None = None
-
-    def device_of(self, stem: str, config: ModelConfig) -> str:
-        """Where one file of the model is to run.
-
-        Raises:
-            InputError: There is no such device.
-        """
-        device = dtypes.for_file(self.device, stem, kind="device") or config.device_of(stem)
-        devices.parse(device or "cpu")
-        return device or "cpu"
-
-    def choose(self, files: ModelFiles, config: ModelConfig) -> OnnxFile:
-        """The ONNX file to load.
-
-        Raises:
-            InputError: There is no such device or dtype.
-            ModelNotFoundError: The model has no such file; names the dtypes that it has.
-        """
-        stem = self.model_file_name or "model"
-        return choose(
-            files,
-            config,
-            stem,
-            dtype=self.dtype,
-            device=self.device_of(stem, config),
-            subfolder=self.subfolder,
-            external_data=self.use_external_data_format,
-        )
-
-
 class TextEncoder:
     """One encoder model, as one pipeline owns it."""
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        session: Lease[GraphSession],
-        outputs: Outputs,
-        dtype: str,
-        label: str,
-    ) -> None:
-        value = session.value
+    def __init__(self, loaded: Loaded, outputs: Outputs) -> None:
+        value = loaded.session.value
         assert value is not None
-        self.name = name
-        self.config = config
-        self.tokenizer = tokenizer
+        self.name = loaded.name
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
         self.device = str(value.device)
-        self.dtype = dtype
-        self._session = session
-        self._label = label
+        self.dtype = loaded.dtype
+        self._session = loaded.session
+        self._label = loaded.label
         self._inputs = value.inputs
-        found = [_output(value.outputs, names, name) for names in outputs]
+        found = [_output(value.outputs, names, self.name) for names in outputs]
         self._outputs = [one.name for one in found]
         width = found[0].shape[-1] if found[0].shape else None
         self._width = width if isinstance(width, int) else None
@@ -135,37 +79,10 @@ class TextEncoder:
             UnsupportedModelError: The graph takes or gives something else than a text encoder does.
             PipelineCancelledError: The token was cancelled.
         """
-        config = ModelConfig.read(files)
-        device = options.device_of(options.model_file_name or "model", config)
-        file = options.choose(files, config)
-        files.fetch([file.name, *file.parts, *TOKENIZER_FILES, *extra_files])
-        runtime.start()
-        tokenizer = Tokenizer.load(files, config, token)
-        lifecycle.own(tokenizer.lease)
-        token.check()
-        parts = [found for part in file.parts if (found := files.find(part)) is not None]
-        path = files.need(file.name, "it was there a moment ago.")
-        session = runtime.acquire(
-            path,
-            device,
-            options.session_options,
-            token,
-            parts=parts,
-            wanted=options.prepare,
-            told=told,
-        )
-        lifecycle.own(session)
-        assert session.value is not None
-        _check_inputs(session.value.inputs, files.name)
-        return cls(
-            name=files.name,
-            config=config,
-            tokenizer=tokenizer,
-            session=session,
-            outputs=outputs,
-            dtype=file.dtype,
-            label=lifecycle.label,
-        )
+        loaded = Loaded.of(files, options, extra_files, lifecycle, token, told)
+        assert loaded.session.value is not None
+        _check_inputs(loaded.session.value.inputs, files.name)
+        return cls(loaded, outputs)
 
     def labels(self, width: int | None = None) -> tuple[str, ...]:
         """The names of the model's scores; those that transformers gives where the config has none.

@@ -28,11 +28,12 @@ from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Disposable, Lifecycle
 from ebbtide.memory.ledger import Holding, Lease, activity
 from ebbtide.models.batching import WINDOW, Work, answers
+from ebbtide.models.loading import LoadOptions
 from ebbtide.models.text_encoder import Outputs, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.pipelines.inputs import Many
 from ebbtide.pipelines.progress import watched
-from ebbtide.runtime import Job, native_threads
+from ebbtide.runtime import Job, Waiting, native_threads
 
 ResultT = TypeVar("ResultT")
 
@@ -180,6 +181,20 @@ class Pipeline(Disposable):
             about += f" on {self.device} in {self.dtype}, {size}"
             about += f" ({source})" if source else ""
         return f"<{about}>"
+
+    @classmethod
+    def load(
+        cls,
+        files: ModelFiles,
+        options: LoadOptions,
+        lifecycle: Lifecycle,
+        token: CancelToken,
+        told: Callable[[Waiting], object],
+    ) -> Any:
+        """Load what the task runs; it belongs to ``lifecycle`` at once."""
+        return TextEncoder.load(
+            files, options, cls.outputs, cls.extra_files, lifecycle, token, told
+        )
 
     @classmethod
     def read(cls, files: ModelFiles, model: TextEncoder) -> Any:

@@ -3,6 +3,7 @@
 Only this room imports onnxruntime.
 """
 
+from ebbtide.runtime.carry import Carried, Carry, InPlace, Passed
 from ebbtide.runtime.graph import GraphSession, Waiting, acquire, start
 from ebbtide.runtime.session import (
     OnnxSession,
@@ -16,9 +17,13 @@ from ebbtide.runtime.session import (
 from ebbtide.runtime.threads import Job, cpu_count, native_threads
 
 __all__ = [
+    "Carried",
+    "Carry",
     "GraphSession",
+    "InPlace",
     "Job",
     "OnnxSession",
+    "Passed",
     "Session",
     "SessionOptions",
     "TensorInfo",

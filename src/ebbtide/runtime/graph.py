@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,6 +165,11 @@ class GraphSession(Native):
         use = self._use
         return use.held.manifest.anonymous if use is not None and use.held is not None else None
 
+    @functools.cached_property
+    def writes_in_place(self) -> bool:
+        """Whether its attention can write to the buffers that it reads: see `InPlace`."""
+        return self.device.name == "cpu" and _mentions(self.path, b"GroupQueryAttention")
+
     @property
     def lanes(self) -> int:
         """How many runs at once, each with ``in_lane``, are faster than one after another.
@@ -242,6 +249,28 @@ class GraphSession(Native):
         """The same as one of `lanes` runs at once."""
         with self._used(token) as use, use.in_lane(self.options, token) as session:
             return session.run(feeds, outputs, token)
+
+    def run_values(
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        values: Mapping[str, Any],
+        outputs: Sequence[str],
+        token: CancelToken,
+    ) -> list[Any]:
+        """See `OnnxSession.run_values`."""
+        with self._used(token) as use:
+            return use.session.run_values(feeds, values, outputs, token)
+
+    def run_in_place(
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        shared: Mapping[str, tuple[str, NDArray[Any]]],
+        outputs: Sequence[str],
+        token: CancelToken,
+    ) -> list[NDArray[Any]]:
+        """See `OnnxSession.run_in_place`."""
+        with self._used(token) as use:
+            return use.session.run_in_place(feeds, shared, outputs, token)
 
     @contextlib.contextmanager
     def _used(self, token: CancelToken) -> Iterator[_Use]:
@@ -415,6 +444,12 @@ def _move(reference: weakref.ref[GraphSession]) -> None:
             activity.end(window)
 
     native_threads.submit(work, CancelToken("moving to a prepared copy"), lambda: None).wait()
+
+
+def _mentions(path: Path, operator: bytes) -> bool:
+    """Whether a graph has an operator, by its name in the file."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(operator) >= 0
 
 
 def _trim() -> None:

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -543,6 +543,7 @@ class OnnxSession:
         self._native: Any = native
         self._path = path
         self._run_options = _onnxruntime().RunOptions
+        self._memory = _onnxruntime().OrtDevice.make("cpu", 0)._get_c_device()
         self.device = device
         self.inputs = tuple(_describe(one) for one in native.get_inputs())
         self.outputs = tuple(_describe(one) for one in native.get_outputs())
@@ -551,6 +552,10 @@ class OnnxSession:
         self, feeds: Mapping[str, Array], outputs: Sequence[str], token: CancelToken
     ) -> list[Array]:
         """Run it once; see `Session.run`."""
+        # The session is not kept in a local: a traceback's frame would pin it.
+        return self._guarded(lambda options: self._native.run(outputs, feeds, options), token)
+
+    def _guarded(self, run: Callable[[Any], list[Any]], token: CancelToken) -> list[Any]:
         options = self._run_options()
         options.log_severity_level = 4
 
@@ -559,8 +564,7 @@ class OnnxSession:
 
         token.attach(stop)
         try:
-            # Not kept in a local: a traceback's frame would pin the session.
-            found: list[Array] = self._native.run(outputs, feeds, options)
+            found = run(options)
         except Exception as error:
             # ONNX Runtime raises a plain Fail for a terminated run: our own flag decides.
             token.check()
@@ -573,6 +577,55 @@ class OnnxSession:
         finally:
             token.detach(stop)
         return found
+
+    def run_values(
+        self,
+        feeds: Mapping[str, Array],
+        values: Mapping[str, Any],
+        outputs: Sequence[str],
+        token: CancelToken,
+    ) -> list[Any]:
+        """The same with some inputs, and all outputs, as the runtime's own values; see `Carry`."""
+        given = {name: value_of(array) for name, array in feeds.items()} | dict(values)
+
+        def run(options: Any) -> list[Any]:
+            return list(self._native._sess.run_with_ort_values(given, outputs, options))
+
+        return self._guarded(run, token)
+
+    def run_in_place(
+        self,
+        feeds: Mapping[str, Array],
+        shared: Mapping[str, tuple[str, Array]],
+        outputs: Sequence[str],
+        token: CancelToken,
+    ) -> list[Array]:
+        """The same where some outputs are written to the very arrays that inputs are read from.
+
+        Args:
+            feeds: One array an input.
+            shared: For an input, the output and the array that are both.
+            outputs: What else is computed.
+            token: Stops the run from another thread.
+        """
+
+        def run(options: Any) -> list[Array]:
+            binding = self._native.io_binding()._iobinding
+            for name, array in feeds.items():
+                binding.bind_ortvalue_input(name, value_of(array))
+            for name in outputs:
+                binding.bind_output(name, self._memory)
+            for name, (output, array) in shared.items():
+                value = value_of(array)
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(output, value)
+            self._native._sess.run_with_iobinding(binding, options)
+            found = binding.get_outputs()
+            return [np.from_dlpack(found[number]) for number in range(len(outputs))]
+
+        import numpy as np
+
+        return self._guarded(run, token)
 
     def close(self) -> Sequence[Remains]:
         """Free it; what is still referenced by somebody comes back."""
@@ -588,6 +641,11 @@ class OnnxSession:
     def leak(self) -> None:
         """In a forked child: never free it, for that waits for threads which are not here."""
         leak(getattr(self._native, "_sess", None))
+
+
+def value_of(array: Array) -> Any:
+    """An array as a value of the runtime, which reads it where it lies: it has to stay there."""
+    return _onnxruntime().OrtValue.ortvalue_from_numpy(array)._ortvalue
 
 
 def _describe(node: Any) -> TensorInfo:

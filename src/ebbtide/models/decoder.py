@@ -1,0 +1,348 @@
+"""A causal language model in memory: tokenizer, one session, and its steps over a cache.
+
+One driver for every architecture: what is fed, and what is carried from step to step, is led by the
+names and shapes that the session has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbtide.cancellation import CancelToken
+from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
+from ebbtide.models.config import ModelConfig
+from ebbtide.models.loading import Loaded
+from ebbtide.runtime import Carried, Carry, GraphSession, InPlace, Passed, TensorInfo
+
+_FED: Final = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "token_type_ids",
+        "num_logits_to_keep",
+        "use_cache_branch",
+    }
+)
+_PAST: Final = re.compile(r"past(?P<kind>_key_values|_conv|_ssm|_recurrent)?\.(?P<rest>.+)")
+_PLACES: Final = ("past", "seq", "len", "total")
+
+LOGITS_AT_ONCE: Final = 1 << 24
+"""Logits that one run may give: a longer prompt is shown in parts. 64 MB in float32."""
+
+LEAST_PART: Final = 64
+"""Tokens of such a part at least."""
+
+Held = Callable[[int], object]
+"""Told how many bytes a generation's cache takes now."""
+
+
+class Decoder:
+    """One causal model, as one pipeline owns it."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        value = loaded.session.value
+        assert value is not None
+        self.name = loaded.name
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.device = str(value.device)
+        self.dtype = loaded.dtype
+        self._session = loaded.session
+        self._label = loaded.label
+        self.inputs = {one.name: one for one in value.inputs}
+        self.carried = carried_by(value, self.config, self.name)
+        self.in_place = (
+            bool(self.carried)
+            and all(one.axis == 2 and len(one.shape) == 4 for one in self.carried)
+            and value.writes_in_place
+        )
+        self._check()
+
+    def _check(self) -> None:
+        taken = {one.input for one in self.carried}
+        unknown = [name for name in self.inputs if name not in _FED and name not in taken]
+        if unknown or "input_ids" not in self.inputs:
+            takes = ", ".join(self.inputs)
+            raise UnsupportedModelError(
+                f"The graph of model {self.name!r} is no causal language model that can be run: it"
+                f" takes {takes}. Export it for text-generation, with its past.",
+                model=self.name,
+            )
+
+    @property
+    def graph(self) -> GraphSession:
+        """The graph.
+
+        Raises:
+            PipelineDisposedError: The pipeline was disposed.
+        """
+        session = self._session.value
+        if session is None:
+            raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
+        return session
+
+    def begin(self, mask: NDArray[np.int64], *, cache: bool = True, held: Held = int) -> Steps:
+        """Begin a generation.
+
+        Args:
+            mask: Which of the prompts' tokens are tokens, and which padding at the left: [rows,
+                tokens].
+            cache: Whether what was seen is kept between steps.
+            held: Told how many bytes the cache takes, as that changes; 0 at the end.
+        """
+        return Steps(self, mask, cache=cache, held=held)
+
+
+class Steps:
+    """One generation: see `ebbtide.generation.Steps`."""
+
+    def __init__(self, model: Decoder, mask: NDArray[np.int64], *, cache: bool, held: Held) -> None:
+        self._model = model
+        self._mask = mask.astype(np.int64)
+        self._held = held
+        self._seen = 0
+        self._ids = np.empty((len(mask), 0), np.int64)
+        self._keeps = bool(model.carried) and cache
+        self._carry = self._new_carry(len(mask))
+
+    def _new_carry(self, rows: int) -> Carry:
+        kind = InPlace if self._model.in_place and self._keeps else Passed
+        return kind(self._model.graph, self._model.carried, rows)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each row that the model has seen, padding included."""
+        return self._seen
+
+    @property
+    def can_crop(self) -> bool:
+        """Whether tokens can be taken back at little cost."""
+        return isinstance(self._carry, InPlace)
+
+    def forward(
+        self, ids: NDArray[np.int64], token: CancelToken, *, last: bool = True
+    ) -> NDArray[np.float32]:
+        """Show the model the next tokens of every row; see `ebbtide.generation.Steps`."""
+        rows, new = ids.shape
+        self._grow_mask(self._seen + new)
+        if not self._keeps:
+            return self._whole(ids, token, last)
+        part = new
+        if last and not self._is_ragged():
+            width = self._width()
+            part = max(LEAST_PART, LOGITS_AT_ONCE // max(1, rows * width))
+        logits: NDArray[np.float32] = np.empty((rows, 0, 0), np.float32)
+        for start in range(0, new, part):
+            token.check()
+            logits = self._run(ids[:, start : start + part], token, last)
+        return logits
+
+    def _width(self) -> int:
+        if "num_logits_to_keep" in self._model.inputs:
+            return 1
+        vocabulary = self._model.config.raw.get("vocab_size")
+        return vocabulary if isinstance(vocabulary, int) else 1 << 16
+
+    def _is_ragged(self) -> bool:
+        """Whether the first run is of prompts that have to be moved: see `_run`."""
+        return isinstance(self._carry, InPlace) and len(self._mask) > 1
+
+    def _grow_mask(self, length: int) -> None:
+        more = length - self._mask.shape[1]
+        if more > 0:
+            ones = np.ones((len(self._mask), more), np.int64)
+            self._mask = np.concatenate([self._mask, ones], axis=1)
+
+    def _whole(self, ids: NDArray[np.int64], token: CancelToken, last: bool) -> NDArray[np.float32]:
+        """Run all that was ever shown, without a cache."""
+        new = ids.shape[1]
+        self._ids = np.concatenate([self._ids, ids], axis=1)
+        self._carry = self._new_carry(len(ids))
+        self._seen = 0
+        logits = self._run(self._ids, token, last=False)
+        return logits[:, -1:] if last else logits[:, -new:]
+
+    def _run(self, ids: NDArray[np.int64], token: CancelToken, last: bool) -> NDArray[np.float32]:
+        """One run.
+
+        A graph that writes in place keeps each row's tokens together from the first place on, so
+        there rows are padded at the right: what is padding is written over by what comes.
+        """
+        total = self._seen + ids.shape[1]
+        mask = self._mask[:, :total]
+        counts = mask.sum(axis=1)
+        moved = isinstance(self._carry, InPlace) and int(counts.min()) < total
+        if moved:
+            ids = _at_left(ids, mask[:, self._seen :]) if self._seen == 0 else ids
+            mask = (np.arange(total) < counts[:, None]).astype(np.int64)
+        feeds = self._feeds(ids, mask, counts, total, last)
+        (logits,) = self._carry.run(feeds, ["logits"], token)
+        first = self._seen == 0
+        self._seen = total
+        self._held(self._carry.size)
+        found: NDArray[np.float32] = logits.astype(np.float32, copy=False)
+        if not last:
+            return found
+        if moved and first and found.shape[1] > 1:
+            found = found[np.arange(len(ids)), counts - 1][:, None]
+        return found[:, -1:]
+
+    def _feeds(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        total: int,
+        last: bool,
+    ) -> dict[str, NDArray[Any]]:
+        new = ids.shape[1]
+        feeds: dict[str, NDArray[Any]] = {}
+        for name, info in self._model.inputs.items():
+            if name == "input_ids":
+                array: NDArray[Any] = ids
+            elif name == "attention_mask":
+                array = mask
+            elif name == "position_ids":
+                array = self._positions(mask, counts, new)
+            elif name == "token_type_ids":
+                array = np.zeros_like(ids)
+            elif name == "num_logits_to_keep":
+                array = np.array(1 if last and not self._is_ragged() else 0)
+            elif name == "use_cache_branch":
+                array = np.array([total > new])
+            else:
+                continue
+            if name == "num_logits_to_keep" and info.shape:
+                array = array.reshape(1)
+            feeds[name] = np.ascontiguousarray(array, info.dtype)
+        return feeds
+
+    def _positions(
+        self, mask: NDArray[np.int64], counts: NDArray[np.int64], new: int
+    ) -> NDArray[np.int64]:
+        """Each new token's place among its row's tokens, from 0."""
+        if isinstance(self._carry, InPlace) and self._seen:
+            return counts[:, None] - new + np.arange(new)
+        positions: NDArray[np.int64] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -new:]
+        return positions
+
+    def select(self, rows: NDArray[np.int64]) -> None:
+        """Go on with these rows, in this order."""
+        self._mask = self._mask[rows]
+        if self._keeps:
+            self._carry.select(rows)
+            self._held(self._carry.size)
+        else:
+            self._ids = self._ids[rows]
+
+    def crop(self, length: int) -> None:
+        """Forget what was seen after so many tokens."""
+        if length >= self._seen:
+            return
+        if self._keeps:
+            self._carry.crop(length)
+        else:
+            self._ids = self._ids[:, :length]
+        self._mask = self._mask[:, :length]
+        self._seen = length
+
+    def close(self) -> None:
+        """Give the cache back."""
+        self._carry.close()
+        self._held(0)
+
+
+def _at_left(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows with their padding moved from the left to the right."""
+    found = np.zeros_like(ids)
+    for row, count in enumerate(mask.sum(axis=1)):
+        found[row, :count] = ids[row, ids.shape[1] - count :]
+    return found
+
+
+def carried_by(graph: GraphSession, config: ModelConfig, model: str) -> tuple[Carried, ...]:
+    """What a decoder's graph carries from one run to the next.
+
+    Raises:
+        UnsupportedModelError: A past input has no output that gives it, or a size that nobody says.
+    """
+    outputs = {one.name for one in graph.outputs}
+    found = []
+    for info in graph.inputs:
+        match = _PAST.fullmatch(info.name)
+        if match is None:
+            continue
+        kind = match["kind"] or ""
+        names = [
+            f"present{'' if kind == '_key_values' else kind}.{match['rest']}",
+            f"present{kind}.{match['rest']}",
+        ]
+        output = next((name for name in names if name in outputs), None)
+        if output is None:
+            raise UnsupportedModelError(
+                f"The graph of model {model!r} takes {info.name} and gives no {names[0]}.",
+                model=model,
+            )
+        shape, axis = _sizes(info, config.raw, model)
+        found.append(Carried(info.name, output, info.dtype, shape, axis))
+    return tuple(found)
+
+
+def _sizes(
+    info: TensorInfo, config: Mapping[str, Any], model: str
+) -> tuple[tuple[int, ...], int | None]:
+    """A past input's sizes for one row, and which of them grows."""
+    places = [
+        number
+        for number, one in enumerate(info.shape)
+        if number and isinstance(one, str) and any(word in one.lower() for word in _PLACES)
+    ]
+    heads = _first(config, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
+    kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
+    hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
+    size = _first(config, "head_dim", "d_kv") or (hidden // heads if heads and hidden else None)
+    shape: list[int] = []
+    for number, one in enumerate(info.shape):
+        name = one.lower() if isinstance(one, str) else ""
+        known: int | None
+        if number in places[:1]:
+            known = 1
+        elif isinstance(one, int):
+            known = one
+        elif number == 0:
+            known = heads if "head" in name and heads else 1
+        elif "head" in name and "dim" not in name and "size" not in name:
+            known = kv_heads
+        else:
+            known = size
+        if known is None:
+            raise UnsupportedModelError(
+                f"The graph of model {model!r} does not say how large {info.name} is"
+                f" ({', '.join(map(str, info.shape))}), nor does its config.",
+                model=model,
+            )
+        shape.append(known)
+    return tuple(shape), places[0] if places else None
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, Mapping) else {}):
+        for name in names:
+            value = source.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def context_of(config: ModelConfig) -> int | None:
+    """Tokens that a causal model can take; None where nothing bounds it."""
+    return _first(
+        config.raw, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"
+    )
