@@ -19,7 +19,7 @@ import ebbtide
 from ebbtide import PipelineCancelledError, PipelineDisposedError, State
 from ebbtide.memory.ledger import ledger
 from ebbtide.memory.reaper import reaper
-from ebbtide.models import text_encoder
+from ebbtide.models.tokenizer import Tokenizer
 
 
 async def until(semaphore: threading.Semaphore) -> None:
@@ -487,7 +487,7 @@ def test_a_load_that_is_cancelled_releases_everything_it_had_loaded(
 ) -> None:
     loading = threading.Semaphore(0)
     go = threading.Event()
-    original = text_encoder.Tokenizer.load
+    original = Tokenizer.load
 
     def slow(*arguments: Any) -> Any:
         tokenizer = original(*arguments)
@@ -495,7 +495,7 @@ def test_a_load_that_is_cancelled_releases_everything_it_had_loaded(
         assert go.wait(30)
         return tokenizer
 
-    monkeypatch.setattr(text_encoder.Tokenizer, "load", slow)
+    monkeypatch.setattr(Tokenizer, "load", slow)
 
     async def main() -> None:
         task = asyncio.create_task(ebbtide.apipeline("feature-extraction", tiny_bert))

@@ -17,6 +17,7 @@ from ebbtide import DisposalError, PipelineCancelledError, PipelineDisposedError
 from ebbtide.cancellation import CancelToken
 from ebbtide.memory import ledger as ledger_module
 from ebbtide.models import text_encoder
+from ebbtide.models.tokenizer import Tokenizer
 
 
 def test_what_a_user_still_holds_is_empty_after_a_dispose(tiny_bert: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_load_that_is_cancelled_stops_between_its_steps_and_releases(
 ) -> None:
     loading = threading.Event()
     go = threading.Event()
-    original = text_encoder.Tokenizer.load
+    original = Tokenizer.load
 
     def slow(*arguments):
         tokenizer = original(*arguments)
@@ -115,7 +116,7 @@ def test_a_load_that_is_cancelled_stops_between_its_steps_and_releases(
         assert go.wait(30)
         return tokenizer
 
-    monkeypatch.setattr(text_encoder.Tokenizer, "load", slow)
+    monkeypatch.setattr(Tokenizer, "load", slow)
     outcome: list[BaseException] = []
 
     def load() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import ebbtide
-from ebbtide import PipelineCancelledError, PipelineDisposedError, State
+from ebbtide import PipelineCancelledError, PipelineDisposedError, State, runtime
 from ebbtide.lifecycle import Lifecycle, _live
 from ebbtide.memory import reaper as reaper_module
 from ebbtide.memory.ledger import ledger
-from ebbtide.models import text_encoder
+from ebbtide.models.tokenizer import Tokenizer
 
 
 class Loading(threading.Thread):
@@ -27,7 +27,7 @@ class Loading(threading.Thread):
         self.go = threading.Event()
         self.reached = threading.Event()
         self.outcome: Any = None
-        original = text_encoder.Tokenizer.load
+        original = Tokenizer.load
 
         def slow(*arguments: Any) -> Any:
             tokenizer = original(*arguments)
@@ -35,7 +35,7 @@ class Loading(threading.Thread):
             assert self.go.wait(30), "the test never let the load go on"
             return tokenizer
 
-        monkeypatch.setattr(text_encoder.Tokenizer, "load", slow)
+        monkeypatch.setattr(Tokenizer, "load", slow)
         self.start()
         assert self.reached.wait(30)
         (self.lifecycle,) = _live.values()
@@ -90,7 +90,7 @@ def test_a_load_that_fails_goes_from_loading_to_failed(tiny_bert: Path, monkeypa
     def fail(*_: Any, **__: Any) -> None:
         raise ebbtide.LoadError("the file is damaged", path="model.onnx")
 
-    monkeypatch.setattr(text_encoder.runtime, "acquire", fail)
+    monkeypatch.setattr(runtime, "acquire", fail)
     assert isinstance(loading.end(), ebbtide.LoadError)
     assert loading.lifecycle.state is State.FAILED
     assert loading.lifecycle.receipt is not None
@@ -220,7 +220,7 @@ def test_a_fork_makes_every_pipeline_of_the_child_inherited_whatever_its_state(
         """
         import os, threading, warnings, ebbtide
         from ebbtide.lifecycle import _live
-        from ebbtide.models import text_encoder
+        from ebbtide.models.tokenizer import Tokenizer
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         ready = ebbtide.pipeline("feature-extraction", MODEL)
         gone = ebbtide.pipeline("feature-extraction", MODEL)
@@ -240,13 +240,13 @@ def test_a_fork_makes_every_pipeline_of_the_child_inherited_whatever_its_state(
         disposing.start()
         while draining.state is ebbtide.State.READY:
             pass
-        reached, load = threading.Event(), text_encoder.Tokenizer.load
+        reached, load = threading.Event(), Tokenizer.load
         def slow(*arguments):
             tokenizer = load(*arguments)
             reached.set()
             go.wait(30)
             return tokenizer
-        text_encoder.Tokenizer.load = slow
+        Tokenizer.load = slow
         def make():
             ebbtide.pipeline("feature-extraction", MODEL).dispose()
         loading = threading.Thread(target=make)

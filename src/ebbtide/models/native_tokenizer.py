@@ -93,6 +93,13 @@ class NativeTokenizer(Native):
         there = (one for one in usual if self.token_id(one) is not None)
         return named if named is not None else next(there, None)
 
+    def prompt(self, text: str, *, special: bool) -> list[int]:
+        """The ids of a whole text, with or without what marks its beginning and end."""
+        if len(text) > LONGEST_TEXT:
+            raise _too_long(text, "a prompt is needed whole")
+        ids: list[int] = self._encode([text], special=special).ids
+        return ids
+
     def encode(self, text: str, pair: str | None, limit: int | None) -> Any:
         """The encoding of a text, or of two: all of it, or of what is longer a sure beginning.
 
@@ -126,9 +133,9 @@ class NativeTokenizer(Native):
                 )
             bound = min(LONGEST_TEXT, bound * 4)
 
-    def _encode(self, texts: Sequence[str]) -> Any:
+    def _encode(self, texts: Sequence[str], *, special: bool = True) -> Any:
         try:
-            return self._native.encode(*texts)
+            return self._native.encode(*texts, add_special_tokens=special)
         except Exception as error:
             why = str(error)
             try:

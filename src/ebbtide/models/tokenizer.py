@@ -254,6 +254,20 @@ class Tokenizer:
         ids: list[int] = self.encode(text, limit=limit).ids.tolist()
         return ids
 
+    def prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A whole text's token ids, however many.
+
+        Args:
+            text: The text.
+            add_special_tokens: Add what marks a text's beginning and end for this model.
+
+        Raises:
+            InputError: The text has more characters than are ever tokenised, or is no valid
+                Unicode.
+            PipelineDisposedError: The pipeline is disposed.
+        """
+        return self._native().prompt(text, special=add_special_tokens)
+
     def token_id(self, token: str) -> int | None:
         """The id of a token, spelled as the vocabulary has it; None where it has none such."""
         return self._native().token_id(token)
