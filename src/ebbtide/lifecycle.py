@@ -145,6 +145,7 @@ class Lifecycle:
         site: Where the user's code made it, as ``(file, line)``.
 
     Attributes:
+        caches: Bytes that generations under way hold of what the model has seen, by generation.
         working: Bytes that its calls added to the process and that are not given back yet.
         drowsy: Whether the disposer waits for its calls to end, to have it sleep.
         turn: Held while it goes to sleep or wakes; taken on threads of Ebbtide's own alone.
@@ -156,6 +157,7 @@ class Lifecycle:
         "_ending",
         "_finished",
         "_phase",
+        "caches",
         "disposer",
         "drowsy",
         "error",
@@ -181,6 +183,7 @@ class Lifecycle:
         self.resources: list[Releasable] = []
         self.running: dict[CancelToken, None] = {}
         self.working = 0
+        self.caches: dict[object, int] = {}
         self.receipt: DisposalReceipt | None = None
         self.error: DisposalError | None = None
         self.owner: weakref.ref[Disposable] | None = None

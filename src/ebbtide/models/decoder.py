@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
 from ebbtide.models.config import ModelConfig
-from ebbtide.models.loading import Loaded
+from ebbtide.models.loading import DYNAMIC, Loaded
 from ebbtide.runtime import Carried, Carry, GraphSession, InPlace, Passed, TensorInfo
 
 _FED: Final = frozenset(
@@ -86,6 +86,11 @@ class Decoder:
         if session is None:
             raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
         return session
+
+    @property
+    def shares_scales(self) -> bool:
+        """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
+        return self.dtype in DYNAMIC
 
     def begin(self, mask: NDArray[np.int64], *, cache: bool = True, held: Held = int) -> Steps:
         """Begin a generation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from ebbtide import runtime
 from ebbtide._settings import Prepare
@@ -15,6 +16,9 @@ from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import ByFile, ExternalData, OnnxFile, choose
 from ebbtide.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from ebbtide.runtime import GraphSession, SessionOptions, Waiting, devices, dtypes
+
+DYNAMIC: Final = frozenset({"q8", "int8", "uint8"})
+"""Dtypes whose files are quantised dynamically: each run finds a scale for its activations."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,14 +15,11 @@ from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
-from ebbtide.models.loading import Loaded, LoadOptions
+from ebbtide.models.loading import DYNAMIC, Loaded, LoadOptions
 from ebbtide.models.tokenizer import Batch
 from ebbtide.runtime import TensorInfo, Waiting
 
 _FED: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
-
-_DYNAMIC: Final = frozenset({"q8", "int8", "uint8"})
-"""Dtypes whose files are quantised dynamically: each run finds a scale for its activations."""
 
 Outputs = tuple[tuple[str, ...], ...]
 """What a task needs of a graph: for each output, its possible names in the order of preference."""
@@ -109,7 +106,7 @@ class TextEncoder:
     @property
     def shares_scales(self) -> bool:
         """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
-        return self.dtype in _DYNAMIC
+        return self.dtype in DYNAMIC
 
     @property
     def lanes(self) -> int:

@@ -211,6 +211,11 @@ class Tokenizer:
         return self._native().rules.limit
 
     @property
+    def pad_id(self) -> int:
+        """The id of the padding token."""
+        return self._native().pad_id
+
+    @property
     def marks_subwords(self) -> bool:
         """Whether a token that continues a word is spelled differently, as in ``##ing``."""
         return self._native().marks_subwords

@@ -44,6 +44,12 @@ Step = tuple[int, list[Any]]
 """After a batch: how many texts have been run, and the results that are new."""
 
 
+StepT = TypeVar("StepT")
+
+Telling = Callable[[CancelToken, Callable[[StepT], object]], object]
+"""Work on a native thread: gets the way to stop it, and whom to tell what is known already."""
+
+
 def one_or_all(results: list[Any], alone: bool) -> Any:
     """The results of a list as a list, and of one text as it is."""
     return results[0] if alone else results
@@ -79,6 +85,7 @@ class PipelineMemory:
         anonymous: Its share: what it took, where something is shared divided by its owners.
         exclusive: What disposing it now would give back: what nobody else owns.
         working: What its calls added and that is not given back yet; part of both.
+        cache: What generations under way hold of what the model has seen; part of both.
         quiet: Whether every load was measured while nothing else went on in the process.
         holdings: Each native thing that it owns.
     """
@@ -86,6 +93,7 @@ class PipelineMemory:
     anonymous: int
     exclusive: int
     working: int
+    cache: int
     quiet: bool
     holdings: tuple[Holding, ...]
 
@@ -100,7 +108,8 @@ class PipelineMemory:
         )
         return (
             f"{self.anonymous / 1e6:.1f} MB ({parts or 'nothing'},"
-            f" working {self.working / 1e6:.1f} MB)"
+            f" working {self.working / 1e6:.1f} MB"
+            + (f", cache {self.cache / 1e6:.1f} MB)" if self.cache else ")")
         )
 
 
@@ -151,10 +160,12 @@ class Pipeline(Disposable):
             if isinstance(resource, Lease) and (holding := resource.holding) is not None
         ]
         shares = sum(one.anonymous // one.owners for one in holdings)
+        cache = sum(tuple(lifecycle.caches.values()))
         return PipelineMemory(
-            anonymous=shares + lifecycle.working,
-            exclusive=lifecycle.charged,
+            anonymous=shares + lifecycle.working + cache,
+            exclusive=lifecycle.charged + cache,
             working=lifecycle.working,
+            cache=cache,
             quiet=all(one.quiet for one in holdings),
             holdings=tuple(holdings),
         )
@@ -211,7 +222,7 @@ class Pipeline(Disposable):
         found: list[Any] = []
         with (
             watched(call.many.progress, self.task, len(some[0][0])) as tell,
-            closing(self._steps(some, call)) as steps,
+            closing(self._steps(self._told(some, call))) as steps,
         ):
             for done, results in steps:
                 tell(done)
@@ -227,7 +238,7 @@ class Pipeline(Disposable):
             return await self._submit(lambda token: self._run(some, call, token)[0]).result()
         found: list[Any] = []
         with watched(call.many.progress, self.task, len(some[0][0])) as tell:
-            async with aclosing(self._asteps(some, call)) as steps:
+            async with aclosing(self._asteps(self._told(some, call))) as steps:
                 async for done, results in steps:
                     tell(done)
                     found += results
@@ -237,7 +248,7 @@ class Pipeline(Disposable):
         count = 0
         with watched(call.many.progress, self.task, None) as tell:
             for some in _windows(inputs, call):
-                for _, results in self._steps(some, call):
+                for _, results in self._steps(self._told(some, call)):
                     for one in results:
                         count += 1
                         tell(count)
@@ -249,17 +260,20 @@ class Pipeline(Disposable):
         count = 0
         with watched(call.many.progress, self.task, None) as tell:
             async for some in _awindows(inputs, call):
-                async with aclosing(self._asteps(some, call)) as steps:
+                async with aclosing(self._asteps(self._told(some, call))) as steps:
                     async for _, results in steps:
                         for one in results:
                             count += 1
                             tell(count)
                             yield one
 
-    def _steps(self, some: Sequence[Read], call: Call) -> Generator[Step, None, None]:
-        """What `_run` tells while it runs, on the caller's thread, which may take its time."""
-        told: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
-        job = self._submit(lambda token: self._run(some, call, token, told.put))
+    def _told(self, some: Sequence[Read], call: Call) -> Telling[Step]:
+        return lambda token, tell: self._run(some, call, token, tell)
+
+    def _steps(self, work: Telling[StepT]) -> Generator[StepT, None, None]:
+        """What work tells while it runs, on the caller's thread, which may take its time."""
+        told: queue.SimpleQueue[StepT | None] = queue.SimpleQueue()
+        job = self._submit(lambda token: work(token, told.put))
         job.on_done(lambda: told.put(None))
         try:
             while (step := told.get()) is not None:
@@ -274,18 +288,18 @@ class Pipeline(Disposable):
             raise
         job.wait()
 
-    async def _asteps(self, some: Sequence[Read], call: Call) -> AsyncGenerator[Step, None]:
+    async def _asteps(self, work: Telling[StepT]) -> AsyncGenerator[StepT, None]:
         """The same on an event loop."""
         import asyncio
 
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[Step | None] = asyncio.Queue()
+        told: asyncio.Queue[StepT | None] = asyncio.Queue()
 
-        def tell(step: Step | None) -> None:
+        def tell(step: StepT | None) -> None:
             with suppress(RuntimeError):  # the loop was closed while we worked
                 loop.call_soon_threadsafe(told.put_nowait, step)
 
-        job = self._submit(lambda token: self._run(some, call, token, tell))
+        job = self._submit(lambda token: work(token, tell))
         job.on_done(lambda: tell(None))
         try:
             while (step := await told.get()) is not None:

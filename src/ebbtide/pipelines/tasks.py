@@ -93,6 +93,14 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 takes="text, and labels of your own",
                 gives="the labels with scores",
             ),
+            Task(
+                name="text-generation",
+                aliases=(),
+                default_model="onnx-community/Qwen3-0.6B-ONNX",
+                class_name="TextGenerationPipeline",
+                takes="text, or a chat: messages with role and content",
+                gives="text that goes on from it",
+            ),
         )
     }
 )
