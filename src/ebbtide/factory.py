@@ -391,25 +391,30 @@ def prepare(task: str, model: Model = None, **options: Unpack[PipelineOptions]) 
             cancel=token,
         )
         config = ModelConfig.read(files)
-        file = load_options.choose(files, config)
-        files.fetch([file.name, *file.parts, *TOKENIZER_FILES, *chosen.pipeline.extra_files])
-        manifest, made = copy_of(
-            files.need(file.name, "it was there a moment ago."),
-            load_options.device_of(load_options.model_file_name or "model", config),
-            load_options.session_options,
-            token,
-            size=sum(files.look(one)[0] for one in (file.name, *file.parts)),
-            told=lambda status: listener(ProgressEvent(status=status, model=files.name)),
-        )
+        stems = chosen.pipeline.stems
+        graphs = {stem: load_options.choose(files, config, stem) for stem in stems}
+        names = [name for file in graphs.values() for name in (file.name, *file.parts)]
+        files.fetch([*names, *TOKENIZER_FILES, *chosen.pipeline.extra_files])
+        copies = [
+            copy_of(
+                files.need(file.name, "it was there a moment ago."),
+                load_options.device_of(load_options.stem_of(stem), config),
+                load_options.session_options,
+                token,
+                size=sum(files.look(one)[0] for one in (file.name, *file.parts)),
+                told=lambda status: listener(ProgressEvent(status=status, model=files.name)),
+            )
+            for stem, file in graphs.items()
+        ]
         return PreparedModel(
             model=files.name,
-            file=file.name,
-            dtype=file.dtype,
-            key=manifest.key,
-            size=manifest.size,
-            anonymous=manifest.anonymous,
-            seconds=manifest.seconds,
-            made=made,
+            file=", ".join(file.name for file in graphs.values()),
+            dtype=", ".join(dict.fromkeys(file.dtype for file in graphs.values())),
+            key=", ".join(manifest.key for manifest, _ in copies),
+            size=sum(manifest.size for manifest, _ in copies),
+            anonymous=sum(manifest.anonymous for manifest, _ in copies),
+            seconds=sum(manifest.seconds for manifest, _ in copies),
+            made=any(made for _, made in copies),
         )
 
     return native_threads.submit(work, token, lambda: None).wait()
@@ -431,7 +436,7 @@ def _summary(
         options=hub_options,
         listener=listener,
     )
-    return files, summarise(files, load_options, chosen.pipeline.extra_files)
+    return files, summarise(files, load_options, chosen.pipeline.extra_files, chosen.pipeline.stems)
 
 
 def _wrapped(lifecycle: Lifecycle, made: _Made) -> Pipeline:

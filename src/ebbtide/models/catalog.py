@@ -173,22 +173,26 @@ def remove_cached(model: str, cache_dir: str | os.PathLike[str] | None = None) -
     return there[model].size
 
 
-def summarise(files: ModelFiles, options: LoadOptions, extra: Sequence[str]) -> ModelSummary:
+def summarise(
+    files: ModelFiles, options: LoadOptions, extra: Sequence[str], stems: Sequence[str]
+) -> ModelSummary:
     """What loading a model takes.
 
     Args:
         files: The model.
         options: What the user chose.
         extra: Further files that the task reads, where the model has them.
+        stems: Which files it is of, as in ``encoder_model``.
     """
     config = ModelConfig.read(files)
-    stem = options.model_file_name or "model"
-    chosen = options.choose(files, config)
-    names = ["config.json", chosen.name, *chosen.parts, *TOKENIZER_FILES, *extra]
+    chosen = [options.choose(files, config, stem) for stem in stems]
+    graphs = [name for file in chosen for name in (file.name, *file.parts)]
+    names = ["config.json", *graphs, *TOKENIZER_FILES, *extra]
+    first, *others = (available(files, options.stem_of(one), options.subfolder) for one in stems)
     return ModelSummary(
         name=files.name,
-        dtype=chosen.dtype,
-        dtypes=available(files, stem, options.subfolder),
+        dtype=", ".join(dict.fromkeys(one.dtype for one in chosen)),
+        dtypes=tuple(dtype for dtype in first if all(dtype in some for some in others)),
         files=tuple(ModelFile(one, *files.look(one)) for one in names if files.has(one)),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
 from ebbtide.models.config import ModelConfig
-from ebbtide.models.loading import DYNAMIC, Loaded
+from ebbtide.models.loading import DYNAMIC, MODEL, Loaded
 from ebbtide.runtime import Carried, Carry, GraphSession, InPlace, Passed, TensorInfo
 
 _FED: Final = frozenset(
     {
         "input_ids",
         "attention_mask",
+        "decoder_attention_mask",
         "position_ids",
         "token_type_ids",
         "num_logits_to_keep",
@@ -38,22 +40,33 @@ LOGITS_AT_ONCE: Final = 1 << 24
 LEAST_PART: Final = 64
 """Tokens of such a part at least."""
 
+NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+
 Held = Callable[[int], object]
 """Told how many bytes a generation's cache takes now."""
 
 
 class Decoder:
-    """One causal model, as one pipeline owns it."""
+    """One causal model, or the decoder beside an encoder, as one pipeline owns it.
 
-    def __init__(self, loaded: Loaded) -> None:
-        value = loaded.session.value
+    Args:
+        loaded: The model.
+        stem: Which of its files this is.
+        fixed: Inputs that stay the same through a generation: what an encoder gave.
+    """
+
+    def __init__(
+        self, loaded: Loaded, stem: str = MODEL, fixed: frozenset[str] = frozenset()
+    ) -> None:
+        value = loaded.sessions[stem].value
         assert value is not None
         self.name = loaded.name
         self.config = loaded.config
         self.tokenizer = loaded.tokenizer
         self.device = str(value.device)
         self.dtype = loaded.dtype
-        self._session = loaded.session
+        self._session = loaded.sessions[stem]
+        self._fixed = fixed
         self._label = loaded.label
         self.inputs = {one.name: one for one in value.inputs}
         self.carried = carried_by(value, self.config, self.name)
@@ -66,7 +79,8 @@ class Decoder:
 
     def _check(self) -> None:
         taken = {one.input for one in self.carried}
-        unknown = [name for name in self.inputs if name not in _FED and name not in taken]
+        known = _FED | taken | self._fixed
+        unknown = [name for name in self.inputs if name not in known]
         if unknown or "input_ids" not in self.inputs:
             takes = ", ".join(self.inputs)
             raise UnsupportedModelError(
@@ -92,7 +106,14 @@ class Decoder:
         """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
         return self.dtype in DYNAMIC
 
-    def begin(self, mask: NDArray[np.int64], *, cache: bool = True, held: Held = int) -> Steps:
+    def begin(
+        self,
+        mask: NDArray[np.int64],
+        *,
+        cache: bool = True,
+        held: Held = int,
+        fixed: Mapping[str, NDArray[Any]] = NOTHING,
+    ) -> Steps:
         """Begin a generation.
 
         Args:
@@ -100,15 +121,26 @@ class Decoder:
                 tokens].
             cache: Whether what was seen is kept between steps.
             held: Told how many bytes the cache takes, as that changes; 0 at the end.
+            fixed: What the graph is fed at each step: [rows, ...] each.
         """
-        return Steps(self, mask, cache=cache, held=held)
+        there = {name: array for name, array in fixed.items() if name in self.inputs}
+        return Steps(self, mask, cache=cache, held=held, fixed=there)
 
 
 class Steps:
     """One generation: see `ebbtide.generation.Steps`."""
 
-    def __init__(self, model: Decoder, mask: NDArray[np.int64], *, cache: bool, held: Held) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        mask: NDArray[np.int64],
+        *,
+        cache: bool,
+        held: Held,
+        fixed: Mapping[str, NDArray[Any]],
+    ) -> None:
         self._model = model
+        self._fixed = dict(fixed)
         self._mask = mask.astype(np.int64)
         self._held = held
         self._seen = 0
@@ -207,11 +239,11 @@ class Steps:
         last: bool,
     ) -> dict[str, NDArray[Any]]:
         new = ids.shape[1]
-        feeds: dict[str, NDArray[Any]] = {}
+        feeds: dict[str, NDArray[Any]] = dict(self._fixed)
         for name, info in self._model.inputs.items():
             if name == "input_ids":
                 array: NDArray[Any] = ids
-            elif name == "attention_mask":
+            elif name in ("attention_mask", "decoder_attention_mask"):
                 array = mask
             elif name == "position_ids":
                 array = self._positions(mask, counts, new)
@@ -225,7 +257,7 @@ class Steps:
                 continue
             if name == "num_logits_to_keep" and info.shape:
                 array = array.reshape(1)
-            feeds[name] = np.ascontiguousarray(array, info.dtype)
+            feeds[name] = np.asarray(array, info.dtype, order="C")
         return feeds
 
     def _positions(
@@ -240,6 +272,7 @@ class Steps:
     def select(self, rows: NDArray[np.int64]) -> None:
         """Go on with these rows, in this order."""
         self._mask = self._mask[rows]
+        self._fixed = {name: array[rows] for name, array in self._fixed.items()}
         if self._keeps:
             self._carry.select(rows)
             self._held(self._carry.size)
@@ -295,7 +328,8 @@ def carried_by(graph: GraphSession, config: ModelConfig, model: str) -> tuple[Ca
                 model=model,
             )
         shape, axis = _sizes(info, config.raw, model)
-        found.append(Carried(info.name, output, info.dtype, shape, axis))
+        once = ".encoder." in info.name  # of what the encoder gave, which stays as it is
+        found.append(Carried(info.name, output, info.dtype, shape, axis, once))
     return tuple(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ebbtide import runtime
@@ -16,6 +16,9 @@ from ebbtide.models.config import ModelConfig
 from ebbtide.models.onnx_files import ByFile, ExternalData, OnnxFile, choose
 from ebbtide.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from ebbtide.runtime import GraphSession, SessionOptions, Waiting, devices, dtypes
+
+MODEL: Final = "model"
+"""What the file of a model of one graph is called."""
 
 DYNAMIC: Final = frozenset({"q8", "int8", "uint8"})
 """Dtypes whose files are quantised dynamically: each run finds a scale for its activations."""
@@ -43,14 +46,23 @@ class LoadOptions:
         devices.parse(device or "cpu")
         return device or "cpu"
 
-    def choose(self, files: ModelFiles, config: ModelConfig) -> OnnxFile:
+    def stem_of(self, stem: str) -> str:
+        """The name of a file without suffix and ending, where the user may have named another."""
+        return self.model_file_name or stem if stem == MODEL else stem
+
+    def choose(self, files: ModelFiles, config: ModelConfig, stem: str = MODEL) -> OnnxFile:
         """The ONNX file to load.
+
+        Args:
+            files: The model.
+            config: Its configuration.
+            stem: Which of its files, as in ``encoder_model``.
 
         Raises:
             InputError: There is no such device or dtype.
             ModelNotFoundError: The model has no such file; names the dtypes that it has.
         """
-        stem = self.model_file_name or "model"
+        stem = self.stem_of(stem)
         return choose(
             files,
             config,
@@ -64,23 +76,28 @@ class LoadOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model of one graph, loaded: what a driver is made of.
+    """A model, loaded: what a driver is made of.
 
     Attributes:
         name: The model's name or folder, as it was asked for.
         config: Its configuration.
         tokenizer: Its tokenizer.
-        session: The hold on its graph.
-        dtype: What the loaded file is in.
+        sessions: The hold on each of its graphs, by the names of their files.
+        dtype: What the loaded files are in.
         label: Whose it is, for messages.
     """
 
     name: str
     config: ModelConfig
     tokenizer: Tokenizer
-    session: Lease[GraphSession]
+    sessions: Mapping[str, Lease[GraphSession]]
     dtype: str
     label: str
+
+    @property
+    def session(self) -> Lease[GraphSession]:
+        """The hold on the graph of a model that has one."""
+        return self.sessions[MODEL]
 
     @classmethod
     def of(
@@ -91,6 +108,7 @@ class Loaded:
         lifecycle: Lifecycle,
         token: CancelToken,
         told: Callable[[Waiting], object],
+        stems: Sequence[str] = (MODEL,),
     ) -> Loaded:
         """Load a model; what is loaded belongs to ``lifecycle`` at once, so that it is never lost.
 
@@ -101,6 +119,7 @@ class Loaded:
             lifecycle: The owner.
             token: The way to stop the load.
             told: Called with ``preparing`` and ``prepared`` where the load waits for that.
+            stems: Which files it is of, as in ``encoder_model``.
 
         Raises:
             ModelNotFoundError: A file is missing.
@@ -108,23 +127,26 @@ class Loaded:
             PipelineCancelledError: The token was cancelled.
         """
         config = ModelConfig.read(files)
-        device = options.device_of(options.model_file_name or "model", config)
-        file = options.choose(files, config)
-        files.fetch([file.name, *file.parts, *TOKENIZER_FILES, *extra_files])
+        devices_of = {one: options.device_of(options.stem_of(one), config) for one in stems}
+        chosen = {one: options.choose(files, config, one) for one in stems}
+        graphs = [name for file in chosen.values() for name in (file.name, *file.parts)]
+        files.fetch([*graphs, *TOKENIZER_FILES, *extra_files])
         runtime.start()
         tokenizer = Tokenizer.load(files, config, token)
         lifecycle.own(tokenizer.lease)
         token.check()
-        parts = [found for part in file.parts if (found := files.find(part)) is not None]
-        path = files.need(file.name, "it was there a moment ago.")
-        session = runtime.acquire(
-            path,
-            device,
-            options.session_options,
-            token,
-            parts=parts,
-            wanted=options.prepare,
-            told=told,
-        )
-        lifecycle.own(session)
-        return cls(files.name, config, tokenizer, session, file.dtype, lifecycle.label)
+        sessions = {}
+        for stem, file in chosen.items():
+            parts = [found for part in file.parts if (found := files.find(part)) is not None]
+            sessions[stem] = runtime.acquire(
+                files.need(file.name, "it was there a moment ago."),
+                devices_of[stem],
+                options.session_options,
+                token,
+                parts=parts,
+                wanted=options.prepare,
+                told=told,
+            )
+            lifecycle.own(sessions[stem])
+        dtype = ", ".join(dict.fromkeys(one.dtype for one in chosen.values()))
+        return cls(files.name, config, tokenizer, sessions, dtype, lifecycle.label)

@@ -167,6 +167,10 @@ class NativeTokenizer(Native):
         text: str = self._native.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return cleaned(text) if self.rules.clean_up else text
 
+    def added(self) -> list[str]:
+        """The tokens beside the vocabulary, as they are spelled."""
+        return [one.content for one in self._native.get_added_tokens_decoder().values()]
+
     def join(self, tokens: Sequence[str]) -> str:
         """The text that these tokens spell."""
         decoder = self._native.decoder

@@ -290,6 +290,10 @@ class Tokenizer:
         """
         return self._native().decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def added(self) -> list[str]:
+        """The tokens that stand beside the vocabulary: special ones, and those of languages."""
+        return self._native().added()
+
     def join(self, tokens: Sequence[str]) -> str:
         """The text that these tokens spell."""
         return self._native().join(tokens)
@@ -366,6 +370,11 @@ class Tokenizer:
     def pad(self, encodings: Sequence[Encoding | Tokens], width: int = 0) -> Batch:
         """Make one batch, padded to the longest, or to ``width`` tokens where that is more."""
         return self._padded([(one.ids, one.type_ids) for one in encodings], width)
+
+    def pad_ids(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """Make one batch of token ids, padded to the longest as the model was taught."""
+        ids = [np.array(one, np.int64) for one in rows]
+        return self._padded([(one, np.zeros_like(one)) for one in ids])
 
     def _padded(self, rows: Sequence[tuple[Row, Row]], width: int = 0) -> Batch:
         native = self._native()

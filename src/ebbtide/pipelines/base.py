@@ -28,7 +28,7 @@ from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Disposable, Lifecycle
 from ebbtide.memory.ledger import Holding, Lease, activity
 from ebbtide.models.batching import WINDOW, Work, answers
-from ebbtide.models.loading import LoadOptions
+from ebbtide.models.loading import MODEL, LoadOptions
 from ebbtide.models.text_encoder import Outputs, TextEncoder
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.pipelines.inputs import Many
@@ -123,6 +123,8 @@ class Pipeline(Disposable):
     task: ClassVar[str]
     outputs: ClassVar[Outputs]
     """What the task needs of the model's graph."""
+    stems: ClassVar[tuple[str, ...]] = (MODEL,)
+    """The ONNX files that the task runs, by their names without suffix and ending."""
     extra_files: ClassVar[tuple[str, ...]] = ()
     """Files that the task reads beside the graph's and the tokenizer's, where there are any."""
 

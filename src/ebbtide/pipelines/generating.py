@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from ebbtide.generation.processors import Processor, processors
 from ebbtide.generation.steps import Ids, Steps
 from ebbtide.models.text_stream import TextStream
 from ebbtide.models.tokenizer import Tokenizer
+from ebbtide.pipelines.base import Pipeline, Telling
 
 MAX_NEW_TOKENS: Final = 256
 """Tokens that are written where neither the caller nor the model says how many."""
@@ -28,6 +30,8 @@ BATCH_ROWS: Final = 8
 
 _LOOKED_BACK: Final = 8
 """Tokens beside those of the text itself that are looked at for a text that ends a row."""
+
+PromptT = TypeVar("PromptT")
 
 Begin = Callable[[NDArray[np.int64]], Steps]
 """Begins a generation, from which of the prompts' tokens are no padding."""
@@ -52,6 +56,9 @@ class Piece:
 
     def __str__(self) -> str:
         return self.text
+
+
+Streamer = Callable[[Piece], object]
 
 
 @dataclasses.dataclass(slots=True)
@@ -290,6 +297,165 @@ def config_of(
     return GenerationConfig.of(known, given)
 
 
-def stream_of(tokenizer: Tokenizer, *, special: bool) -> TextStream:
-    """The text of a row as it is written."""
-    return TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=not special))
+def whole(name: str, number: int | None, least: int) -> int | None:
+    """An option that is a whole number or None.
+
+    Raises:
+        InputError: It is something else, or too small.
+    """
+    if number is not None and (type(number) is not int or number < least):
+        raise InputError(f"{name} takes a whole number from {least}, not {number!r}.", value=number)
+    return number
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """How results are given.
+
+    Attributes:
+        special: Whether special tokens stay in the text.
+        details: Whether more than the text is given.
+        full_text: Whether the prompt is given with it.
+    """
+
+    special: bool
+    details: bool
+    full_text: bool = False
+
+    def more(self, one: Generated) -> dict[str, Any]:
+        """What is given beside the text."""
+        if not self.details:
+            return {}
+        more = {name: getattr(one, name) for name in ("logprobs", "score", "scores", "logits")}
+        there = {name: value for name, value in more.items() if value is not None}
+        return {"token_ids": one.ids, "finish_reason": one.reason} | there
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Understood(Generic[PromptT]):
+    """One call, its inputs and options checked.
+
+    Attributes:
+        prompts: The inputs.
+        alone: Whether there was one, and not a list.
+        asked: What is asked of the generation.
+        shown: How results are given.
+        size: How many prompts are written on together.
+    """
+
+    prompts: list[PromptT]
+    alone: bool
+    asked: Asked
+    shown: Shown
+    size: int
+
+    def check_streamed(self) -> None:
+        """Raise where this is no one sequence that is known as it is written."""
+        if len(self.prompts) != 1:
+            raise InputError("A stream is of one input: pass several one after another.")
+        if self.asked.config.num_beams > 1 or self.asked.config.num_return_sequences > 1:
+            raise InputError(
+                "A stream is of one sequence that is known as it is written: pass no num_beams and"
+                " no num_return_sequences, or call the pipeline."
+            )
+
+
+class GeneratingPipeline(Pipeline, Generic[PromptT]):
+    """A task that writes text: what such tasks share."""
+
+    def _ids(self, prompt: PromptT) -> list[int]:
+        """A prompt's tokens."""
+        raise NotImplementedError
+
+    def _generate(
+        self,
+        ids: Sequence[Sequence[int]],
+        asked: Asked,
+        token: CancelToken,
+        tell: Callable[[Written], object],
+    ) -> list[list[Generated]]:
+        """Write on some prompts together."""
+        raise NotImplementedError
+
+    def _result(self, prompt: PromptT, one: Generated, shown: Shown) -> dict[str, Any]:
+        """What is given for a row."""
+        raise NotImplementedError
+
+    @property
+    def _rows_together(self) -> int:
+        return 1 if self._model.shares_scales else BATCH_ROWS
+
+    def _held(self) -> Callable[[int], None]:
+        """Note what one generation's cache takes, in what the pipeline says of its memory."""
+        caches, key = self._lifecycle.caches, object()
+
+        def held(size: int) -> None:
+            caches[key] = size
+            if not size:
+                caches.pop(key, None)
+
+        return held
+
+    def _call(self, call: Understood[PromptT], streamer: Streamer | None) -> list[Any]:
+        """The results of a call, and its pieces as they are written to a streamer."""
+        results: list[Any] = []
+        if streamer is None:
+            results = self._submit(lambda token: self._write(call, token)).wait()
+        else:
+            call.check_streamed()
+            with closing(self._steps(self._pieces(call, results))) as pieces:
+                for piece in pieces:
+                    streamer(piece)
+        return results[0] if call.alone else results
+
+    async def _acall(self, call: Understood[PromptT]) -> list[Any]:
+        """The same on an event loop."""
+        results = await self._submit(lambda token: self._write(call, token)).result()
+        return results[0] if call.alone else results
+
+    def _stream_of(self, call: Understood[PromptT]) -> Generator[Piece, None, None]:
+        call.check_streamed()
+        return self._steps(self._pieces(call, []))
+
+    def _astream_of(self, call: Understood[PromptT]) -> AsyncGenerator[Piece, None]:
+        call.check_streamed()
+        return self._asteps(self._pieces(call, []))
+
+    def _write(self, call: Understood[PromptT], token: CancelToken) -> list[list[Any]]:
+        """The results of all prompts; on a native thread."""
+        ids = [self._ids(one) for one in call.prompts]
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        results: list[list[Any]] = [[]] * len(ids)
+        for first in range(0, len(order), call.size):
+            some = order[first : first + call.size]
+            rows = self._generate(
+                [ids[number] for number in some], call.asked, token, lambda written: None
+            )
+            for number, found in zip(some, rows, strict=True):
+                prompt = call.prompts[number]
+                results[number] = [self._result(prompt, one, call.shown) for one in found]
+        return results
+
+    def _pieces(self, call: Understood[PromptT], results: list[Any]) -> Telling[Piece]:
+        """Work that tells each piece, and leaves the results at its end."""
+        (prompt,) = call.prompts
+
+        def work(token: CancelToken, tell: Callable[[Piece], object]) -> None:
+            special = call.shown.special
+            text = TextStream(
+                lambda ids: self.tokenizer.decode(ids, skip_special_tokens=not special)
+            )
+
+            def told(written: Written) -> None:
+                number = int(written.ids[0])
+                piece = text.put(number)
+                reason = written.reasons[0] or None
+                if reason:
+                    piece += text.end()
+                chance = None if written.logprobs is None else float(written.logprobs[0])
+                tell(Piece(piece, number, chance, reason))
+
+            (found,) = self._generate([self._ids(prompt)], call.asked, token, told)
+            results.append([self._result(prompt, one, call.shown) for one in found])
+
+        return work

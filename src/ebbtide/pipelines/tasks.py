@@ -101,6 +101,30 @@ TASKS: Final[Mapping[str, Task]] = MappingProxyType(
                 takes="text, or a chat: messages with role and content",
                 gives="text that goes on from it",
             ),
+            Task(
+                name="text2text-generation",
+                aliases=(),
+                default_model="Xenova/flan-t5-small",
+                class_name="Text2TextGenerationPipeline",
+                takes="text",
+                gives="text that the model makes of it",
+            ),
+            Task(
+                name="summarization",
+                aliases=(),
+                default_model="Xenova/distilbart-cnn-6-6",
+                class_name="SummarizationPipeline",
+                takes="text",
+                gives="the text in short",
+            ),
+            Task(
+                name="translation",
+                aliases=(),
+                default_model="Xenova/t5-small",
+                class_name="TranslationPipeline",
+                takes="text, and languages by name where the model has several",
+                gives="the text in another language",
+            ),
         )
     }
 )

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from typing import Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError
 from ebbtide.generation.loop import Written
+from ebbtide.generation.steps import Steps
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
 from ebbtide.models.chat import CHAT_FILES, ChatTemplate
 from ebbtide.models.decoder import Decoder, context_of
 from ebbtide.models.loading import Loaded, LoadOptions
-from ebbtide.pipelines.base import Pipeline
 from ebbtide.pipelines.generating import (
-    BATCH_ROWS,
     Asked,
     Generated,
+    GeneratingPipeline,
     Piece,
+    Shown,
+    Streamer,
+    Understood,
     config_of,
     generate,
-    stream_of,
+    whole,
 )
 from ebbtide.runtime import Waiting
 
 Message = Mapping[str, Any]
 Chat = Sequence[Message]
-Streamer = Callable[[Piece], object]
 
 _FILES: Final = ("generation_config.json", *CHAT_FILES)
 _OF_CHATS: Final = (
@@ -65,16 +70,7 @@ class _Prompt:
     continues: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Shown:
-    """How results are given."""
-
-    full_text: bool
-    special: bool
-    details: bool
-
-
-class TextGenerationPipeline(Pipeline):
+class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
     """A text or a chat, written on.
 
     Example:
@@ -162,7 +158,7 @@ class TextGenerationPipeline(Pipeline):
             PipelineDisposedError: The pipeline is disposed.
             PipelineCancelledError: It was cancelled while it ran.
         """
-        prompts, alone, asked, shown, size = self._understood(
+        understood = self._understood(
             inputs,
             return_full_text=return_full_text,
             add_special_tokens=add_special_tokens,
@@ -173,16 +169,7 @@ class TextGenerationPipeline(Pipeline):
             batch_size=batch_size,
             options=options,
         )
-        if streamer is None:
-            found = self._submit(lambda token: self._write(prompts, asked, shown, size, token))
-            results = found.wait()
-        else:
-            _check_streamed(len(prompts), asked)
-            results = []
-            with closing(self._steps(self._told_of(prompts[0], asked, shown, results))) as pieces:
-                for piece in pieces:
-                    streamer(piece)
-        return results[0] if alone else results
+        return self._call(understood, streamer)
 
     async def acall(self, inputs: Any, **options: Any) -> list[Any]:
         """The same on an event loop; see `__call__`."""
@@ -194,12 +181,8 @@ class TextGenerationPipeline(Pipeline):
         known |= {"details": False, "logprobs": False, "batch_size": None}
         named = {name: options.pop(name, value) for name, value in known.items()}
         lookup = options.pop("prompt_lookup_num_tokens", None)
-        prompts, alone, asked, shown, size = self._understood(
-            inputs, lookup=lookup, options=options, **named
-        )
-        job = self._submit(lambda token: self._write(prompts, asked, shown, size, token))
-        results = await job.result()
-        return results[0] if alone else results
+        understood = self._understood(inputs, lookup=lookup, options=options, **named)
+        return await self._acall(understood)
 
     def stream(
         self,
@@ -228,11 +211,19 @@ class TextGenerationPipeline(Pipeline):
             >>> len(pieces), pieces[-1].finish_reason
             (3, 'length')
         """
-        work = self._streamed(
-            inputs, logprobs, add_special_tokens, skip_special_tokens, prompt_lookup_num_tokens,
-            options,
-        )  # fmt: skip
-        return self._steps(work)
+        return self._stream_of(
+            self._understood(
+                inputs,
+                return_full_text=False,
+                add_special_tokens=add_special_tokens,
+                skip_special_tokens=skip_special_tokens,
+                details=False,
+                logprobs=logprobs,
+                lookup=prompt_lookup_num_tokens,
+                batch_size=None,
+                options=options,
+            )
+        )
 
     async def astream(
         self,
@@ -245,36 +236,20 @@ class TextGenerationPipeline(Pipeline):
         **options: Any,
     ) -> AsyncIterator[Piece]:
         """The same as `stream` on an event loop."""
-        work = self._streamed(
-            inputs, logprobs, add_special_tokens, skip_special_tokens, prompt_lookup_num_tokens,
-            options,
-        )  # fmt: skip
-        async with aclosing(self._asteps(work)) as pieces:
-            async for piece in pieces:
-                yield piece
-
-    def _streamed(
-        self,
-        inputs: object,
-        logprobs: bool,
-        add_special_tokens: bool,
-        skip_special_tokens: bool,
-        lookup: int | None,
-        options: dict[str, Any],
-    ) -> Callable[[CancelToken, Callable[[Piece], object]], object]:
-        prompts, alone, asked, shown, _ = self._understood(
+        understood = self._understood(
             inputs,
             return_full_text=False,
             add_special_tokens=add_special_tokens,
             skip_special_tokens=skip_special_tokens,
             details=False,
             logprobs=logprobs,
-            lookup=lookup,
+            lookup=prompt_lookup_num_tokens,
             batch_size=None,
             options=options,
         )
-        _check_streamed(len(prompts) if alone else 0, asked)
-        return self._told_of(prompts[0], asked, shown, [])
+        async with aclosing(self._astream_of(understood)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def _understood(
         self,
@@ -288,8 +263,7 @@ class TextGenerationPipeline(Pipeline):
         lookup: int | None,
         batch_size: int | None,
         options: dict[str, Any],
-    ) -> tuple[list[_Prompt], bool, Asked, _Shown, int]:
-        """The prompts, whether one alone; what is asked, how it is given, and rows a batch."""
+    ) -> Understood[_Prompt]:
         of_chats: dict[str, Any] = {
             name: options.pop(name) for name in _OF_CHATS if name in options
         }
@@ -300,18 +274,14 @@ class TextGenerationPipeline(Pipeline):
                 f"{', '.join(of_chats)} are for chats, and a text was passed: pass a list of"
                 " messages with role and content, or leave them out."
             )
-        for name, number, least in (
-            ("batch_size", batch_size, 1),
-            ("prompt_lookup_num_tokens", lookup, 0),
-        ):
-            if number is not None and (type(number) is not int or number < least):
-                raise InputError(
-                    f"{name} takes a whole number from {least}, not {number!r}.", value=number
-                )
         config = config_of(self._about.defaults, self.tokenizer.pad_id, options)
-        size = batch_size or (1 if self._model.shares_scales else BATCH_ROWS)
-        shown = _Shown(return_full_text, not skip_special_tokens, details)
-        return prompts, alone, Asked(config, logprobs, lookup), shown, size
+        return Understood(
+            prompts,
+            alone,
+            Asked(config, logprobs, whole("prompt_lookup_num_tokens", lookup, 0)),
+            Shown(full_text=return_full_text, special=not skip_special_tokens, details=details),
+            whole("batch_size", batch_size, 1) or self._rows_together,
+        )
 
     def _prompt(self, one: str | Chat, special: bool, of_chats: Mapping[str, Any]) -> _Prompt:
         if isinstance(one, str):
@@ -325,78 +295,25 @@ class TextGenerationPipeline(Pipeline):
         )
         return _Prompt(messages, text, False, continues)
 
-    def _write(
-        self,
-        prompts: Sequence[_Prompt],
-        asked: Asked,
-        shown: _Shown,
-        size: int,
-        token: CancelToken,
-    ) -> list[list[Any]]:
-        """The results of all prompts; on a native thread."""
-        ids = [self.tokenizer.prompt(one.text, add_special_tokens=one.special) for one in prompts]
-        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-        results: list[list[Any]] = [[]] * len(ids)
-        for first in range(0, len(order), size):
-            some = order[first : first + size]
-            rows = self._generate([ids[number] for number in some], asked, token)
-            for number, found in zip(some, rows, strict=True):
-                results[number] = [self._result(prompts[number], one, shown) for one in found]
-        return results
+    def _ids(self, prompt: _Prompt) -> list[int]:
+        return self.tokenizer.prompt(prompt.text, add_special_tokens=prompt.special)
 
     def _generate(
         self,
         ids: Sequence[Sequence[int]],
         asked: Asked,
         token: CancelToken,
-        tell: Callable[[Written], object] = lambda written: None,
+        tell: Callable[[Written], object],
     ) -> list[list[Generated]]:
-        caches = self._lifecycle.caches
-        model: Any = self._model
+        model: Decoder = self._model  # type: ignore[assignment]
 
-        def begin(mask: Any) -> Any:
-            key = object()
+        def begin(mask: NDArray[np.int64]) -> Steps:
+            return model.begin(mask, cache=asked.config.use_cache, held=self._held())
 
-            def held(size: int) -> None:
-                if size:
-                    caches[key] = size
-                else:
-                    caches.pop(key, None)
+        context = context_of(model.config)
+        return generate(begin, ids, asked, self.tokenizer, token, context=context, tell=tell)
 
-            return model.begin(mask, cache=asked.config.use_cache, held=held)
-
-        return generate(
-            begin,
-            ids,
-            asked,
-            self.tokenizer,
-            token,
-            context=context_of(model.config),
-            tell=tell,
-        )
-
-    def _told_of(
-        self, prompt: _Prompt, asked: Asked, shown: _Shown, results: list[Any]
-    ) -> Callable[[CancelToken, Callable[[Piece], object]], object]:
-        def work(token: CancelToken, tell: Callable[[Piece], object]) -> None:
-            text = stream_of(self.tokenizer, special=shown.special)
-            ids = self.tokenizer.prompt(prompt.text, add_special_tokens=prompt.special)
-
-            def told(written: Written) -> None:
-                number = int(written.ids[0])
-                piece = text.put(number)
-                reason = written.reasons[0] or None
-                if reason:
-                    piece += text.end()
-                chance = None if written.logprobs is None else float(written.logprobs[0])
-                tell(Piece(piece, number, chance, reason))
-
-            (found,) = self._generate([ids], asked, token, told)
-            results.append([self._result(prompt, one, shown) for one in found])
-
-        return work
-
-    def _result(self, prompt: _Prompt, one: Generated, shown: _Shown) -> dict[str, Any]:
+    def _result(self, prompt: _Prompt, one: Generated, shown: Shown) -> dict[str, Any]:
         text: Any = self.tokenizer.decode(one.ids, skip_special_tokens=not shown.special)
         if shown.full_text:
             if isinstance(prompt.given, str):
@@ -406,12 +323,7 @@ class TextGenerationPipeline(Pipeline):
                 text = [*before, {**last, "content": last["content"] + text}]
             else:
                 text = [*prompt.given, {"role": "assistant", "content": text}]
-        result = {"generated_text": text}
-        if shown.details:
-            result |= {"token_ids": one.ids, "finish_reason": one.reason}
-            more = {name: getattr(one, name) for name in ("logprobs", "score", "scores", "logits")}
-            result |= {name: value for name, value in more.items() if value is not None}
-        return result
+        return {"generated_text": text} | shown.more(one)
 
 
 def _inputs(inputs: object) -> tuple[list[str | Chat], bool]:
@@ -435,13 +347,3 @@ def _inputs(inputs: object) -> tuple[list[str | Chat], bool]:
         f" {', '.join(sorted({type(one).__name__ for one in inputs}))}.",
         value=inputs,
     )
-
-
-def _check_streamed(inputs: int, asked: Asked) -> None:
-    if inputs != 1:
-        raise InputError("A stream is of one text or one chat: pass several one after another.")
-    if asked.config.num_beams > 1 or asked.config.num_return_sequences > 1:
-        raise InputError(
-            "A stream is of one sequence that is known as it is written: pass no num_beams and no"
-            " num_return_sequences, or call the pipeline."
-        )

@@ -111,8 +111,11 @@ class Passed(Carry):
 
     def __init__(self, graph: GraphSession, carried: Sequence[Carried], rows: int) -> None:
         super().__init__(graph, carried, rows)
-        self._values: dict[str, Any] = {one.input: value_of(one.zeros(rows)) for one in carried}
         self._begun = False
+        self._arrays: dict[str, NDArray[Any]] = {}  # what lies below values made of arrays
+        self._values: dict[str, Any] = {}
+        for one in carried:
+            self._put(one.input, one.zeros(rows))
 
     @property
     def size(self) -> int:
@@ -129,13 +132,15 @@ class Passed(Carry):
         self._values.update(
             (one.input, value) for one, value in zip(moving, found[len(outputs) :], strict=True)
         )
+        for one in moving:
+            self._arrays.pop(one.input, None)
         self._begun = True
         return [np.from_dlpack(one) for one in found[: len(outputs)]]
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Go on with these rows, in this order."""
-        for name, value in self._values.items():
-            self._values[name] = value_of(np.from_dlpack(value)[rows])
+        for name, value in tuple(self._values.items()):
+            self._put(name, np.from_dlpack(value)[rows])
         self._rows = len(rows)
 
     def crop(self, places: int) -> None:
@@ -147,11 +152,16 @@ class Passed(Carry):
         for one in moving:
             array = np.from_dlpack(self._values[one.input])
             if array.shape[one.axis] > places:  # type: ignore[index]
-                self._values[one.input] = value_of(np.ascontiguousarray(array[one.first(places)]))
+                self._put(one.input, np.ascontiguousarray(array[one.first(places)]))
 
     def close(self) -> None:
         """Give it back."""
         self._values.clear()
+        self._arrays.clear()
+
+    def _put(self, name: str, array: NDArray[Any]) -> None:
+        self._values[name] = value_of(array)
+        self._arrays[name] = array
 
 
 class InPlace(Carry):
