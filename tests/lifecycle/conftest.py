@@ -79,7 +79,8 @@ def make(session: WaitingSession, folder: Path) -> FeatureExtractionPipeline:
         lease = ledger.acquire(id(session), "session", lambda: session, CancelToken("test"))
         lifecycle.resources += [tokenizer.lease, lease]
         return TextEncoder(
-            Loaded("waiting", config, tokenizer, {"model": lease}, "fp32", lifecycle.label), FEATURES
+            Loaded("waiting", config, tokenizer, {"model": lease}, "fp32", lifecycle.label),
+            FEATURES,
         )
 
     encoder = native_threads.submit(load, token, lambda: None).wait()

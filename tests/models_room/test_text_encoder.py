@@ -41,7 +41,8 @@ def encoder(inputs: Mapping[str, str], *outputs: str) -> Iterator[tuple[TextEnco
     lease: Lease[Any] = ledger.acquire(object(), "session", lambda: fake, CancelToken("test"))
     try:
         made = TextEncoder(
-            Loaded("a/model", CONFIG, cast(Tokenizer, None), {"model": lease}, "fp32", "the test"), FEATURES
+            Loaded("a/model", CONFIG, cast(Tokenizer, None), {"model": lease}, "fp32", "the test"),
+            FEATURES,
         )
         yield made, seen, lease
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ebbtide.runtime import session
+from ebbtide.runtime import library
 
 NOWHERE = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
 
@@ -41,14 +41,14 @@ def test_nothing_is_collected_and_the_environment_is_as_it_was(
 @pytest.mark.parametrize("choice", ["0", "1", ""])
 def test_who_sets_the_variable_has_chosen(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", choice)
-    with session._telemetry_off():
+    with library.telemetry_off():
         assert os.environ["ORT_DISABLE_TELEMETRY"] == choice
     assert os.environ["ORT_DISABLE_TELEMETRY"] == choice
 
 
 def test_an_import_that_fails_leaves_nothing_in_the_environment() -> None:
     def fails() -> None:
-        with session._telemetry_off():
+        with library.telemetry_off():
             assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
             raise ImportError
 

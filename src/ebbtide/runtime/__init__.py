@@ -5,14 +5,13 @@ Only this room imports onnxruntime.
 
 from ebbtide.runtime.carry import Carried, Carry, InPlace, Passed
 from ebbtide.runtime.graph import GraphSession, Waiting, acquire, start
+from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
     OnnxSession,
     Session,
     SessionOptions,
     TensorInfo,
     open_session,
-    providers,
-    version,
 )
 from ebbtide.runtime.threads import Job, cpu_count, native_threads
 

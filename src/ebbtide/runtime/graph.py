@@ -26,15 +26,14 @@ from ebbtide.memory.ledger import Lease, Native, activity, ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.runtime import devices, prepare
 from ebbtide.runtime.identity import mark
+from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
     OnnxSession,
     SessionOptions,
     TensorInfo,
     open_prepared,
     open_session,
-    providers,
     threads_of,
-    version,
 )
 from ebbtide.runtime.store import DATA, Held, cpu_features
 from ebbtide.runtime.threads import native_threads

@@ -171,12 +171,12 @@ def copy_of(
         DeviceNotAvailableError: The device cannot be used here.
         PipelineCancelledError: The token was cancelled.
     """
-    from ebbtide.runtime import session as sessions
+    from ebbtide.runtime import library
 
-    chosen = devices.candidates(device, sessions.providers())[0]
+    chosen = devices.candidates(device, library.providers())[0]
     if chosen.name != "cpu":
         raise _no_copy(graph, f"it runs on {chosen}, and only what runs on cpu is prepared")
-    here, version = store(), sessions.version()
+    here, version = store(), library.version()
     try:
         found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=True)
     except OSError as error:
@@ -274,10 +274,10 @@ _Wish = tuple[Path, "SessionOptions", int, Callable[[], object]]
 
 
 def _is_there(graph: Path, options: SessionOptions) -> bool:
-    from ebbtide.runtime import session as sessions
+    from ebbtide.runtime import library
 
     found = store().key(
-        graph, onnxruntime=sessions.version(), options=shape_of(options), compute=True
+        graph, onnxruntime=library.version(), options=shape_of(options), compute=True
     )
     return found is not None and store().has(found[0])
 
@@ -404,11 +404,12 @@ def _end() -> NoReturn:
 
 
 def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[str, object]:
+    from ebbtide.runtime import library
     from ebbtide.runtime import session as sessions
 
     entries = tuple((key, value) for key, value in given.pop("entries"))
     options = dataclasses.replace(sessions.SessionOptions(**given, entries=entries), threads=1)
-    version = sessions.version()
+    version = library.version()
     found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=True)
     if found is None:
         return {"error": "it names data outside its own folder"}

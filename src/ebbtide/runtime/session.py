@@ -7,17 +7,10 @@ once, and the native session has one owner.
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import ctypes
 import dataclasses
-import functools
 import logging
-import os
-import sys
-import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -32,11 +25,12 @@ from ebbtide.errors import (
     RunError,
     unknown_option,
 )
-from ebbtide.lifecycle import Remains, on_fork
+from ebbtide.lifecycle import Remains
 from ebbtide.memory.allocator import allocator
 from ebbtide.memory.pins import leak, let_go
 from ebbtide.memory.probe import anonymous_bytes
 from ebbtide.runtime import devices
+from ebbtide.runtime.library import onnxruntime, opening, providers, shared_threads
 from ebbtide.runtime.threads import cpu_count
 
 if TYPE_CHECKING:
@@ -47,15 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ebbtide.runtime")
 
 GraphOptimization = Literal["none", "basic", "extended", "all"]
-
-_SMALLEST_MODEL: Final = base64.b64decode(
-    "CAgSADpTChEKAXgKAXcSAXkiBk1hdE11bBIBZyoPCAEIARABIgQAAIA/QgF3WhQKAXgSDwoNCAESCQoDEgFuCgIIAWIU"
-    "CgF5Eg8KDQgBEgkKAxIBbgoCCAFCBAoAEBE="
-)
-
-
-_NUMPY_CACHES_BELOW: Final = 1024
-_NUMPY_CACHES_EACH: Final = 7
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,148 +184,21 @@ _OPTIMIZATION: Final[Mapping[str, str]] = types.MappingProxyType(
     }
 )
 
-_TELEMETRY: Final = "ORT_DISABLE_TELEMETRY"
-
 _NUMPY_NAMES: Final[Mapping[str, str]] = types.MappingProxyType(
     {"float": "float32", "double": "float64"}
 )
 
 
-@functools.cache
-def _onnxruntime() -> Any:
-    """The library, started: its first session takes memory once that no disposal can return.
-
-    A model of a few bytes is loaded and run here, so that this start-up (some 20 MB with the
-    import) is over before the first pipeline's load is measured.
-    """
-    import numpy as np
-
-    with _telemetry_off():
-        import onnxruntime
-
-    _fill_numpy_cache()
-    if _shared_threads():
-        onnxruntime.set_global_thread_pool_sizes(settings.threads or cpu_count(), 1)
-    options = _native_options(onnxruntime, SessionOptions(threads=1))
-    session = onnxruntime.InferenceSession(
-        _SMALLEST_MODEL, options, providers=["CPUExecutionProvider"]
-    )
-    session.run(None, {"x": np.ones((1, 1), np.float32)})
-    session.__dict__.clear()
-    del session
-    allocator.trim()
-    return onnxruntime
-
-
-@functools.cache
-def _shared_threads() -> bool:
-    """Whether sessions share one pool of threads; decided once, at the first of them."""
-    return settings.shared_threads
-
-
-@contextlib.contextmanager
-def _telemetry_off() -> Iterator[None]:
-    """Have ONNX Runtime, imported in this block, collect and send nothing.
-
-    Since 1.29 its wheels report sessions, models and errors to Microsoft (privacy.md of its
-    repository). For that they keep a database in the user's cache folder, two threads and memory
-    that grows with each load that fails, and forked children that wait for the threads for ever.
-    The variable is read at the import alone; whoever sets it has chosen, with 0 too.
-    """
-    if _TELEMETRY in os.environ:
-        yield
-        return
-    os.environ[_TELEMETRY] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_TELEMETRY, None)
-
-
-def _fill_numpy_cache() -> None:
-    """Have numpy take, now and in one place, the small buffers that it never gives back.
-
-    It keeps up to seven freed buffers of each size below a kilobyte. Left to fill while pipelines
-    come and go, they lie scattered over memory that is free otherwise, and each keeps a page of it:
-    in 1,000 loads 2.5 MB. Together they are 0.9 MB.
-    """
-    import numpy as np
-
-    sizes = range(4, _NUMPY_CACHES_BELOW, 4)
-    kept = [np.empty(size, np.uint8) for size in sizes for _ in range(_NUMPY_CACHES_EACH)]
-    kept.clear()
-
-
-def _end_child_early() -> None:
-    """In a forked child: have its exit skip ONNX Runtime's static destructors.
-
-    Where its telemetry is on, ONNX Runtime starts threads when it is imported. A forked child does
-    not have them, and waits for them for ever when it exits (`import onnxruntime`, `os.fork()`,
-    `sys.exit()` hangs; so it does where the user imported it before Ebbtide). Of
-    what runs after Python's own end, last registered first, these two come first: C's streams are
-    written out, and the process ends with the status that it was about to end with.
-    """
-    if "onnxruntime" not in sys.modules:
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "on_exit"):  # glibc; elsewhere there is nothing that knows the status
-        library.on_exit(library._exit, None)
-        library.on_exit(library.fcloseall, None)
-
-
-on_fork(_end_child_early)
-
-_opening = threading.RLock()
-"""Held while a session is made. ONNX Runtime takes locks of its own there, and a fork in the middle
-would leave them held for ever in the child: so a fork waits for it."""
-
-_FORK_PATIENCE = 10.0
-"""Seconds a fork waits for a load."""
-
-
-def _before_fork() -> None:
-    _forking.append(_opening.acquire(timeout=_FORK_PATIENCE))
-
-
-def _after_fork_in_parent() -> None:
-    if _forking.pop():
-        _opening.release()
-
-
-def _after_fork_in_child() -> None:
-    global _opening
-    _forking.clear()
-    _opening = threading.RLock()
-
-
-_forking: list[bool] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
-    )
-
-
-def providers() -> list[str]:
-    """The execution providers that the installed ONNX Runtime was built with."""
-    return list(_onnxruntime().get_available_providers())
-
-
-def version() -> str:
-    """The installed ONNX Runtime's version."""
-    return str(_onnxruntime().__version__)
-
-
 def threads_of(options: SessionOptions) -> int:
     """Threads that one run has to itself; 1 where all sessions share a pool."""
-    return 1 if _shared_threads() else options.threads or settings.threads or cpu_count()
+    return 1 if shared_threads() else options.threads or settings.threads or cpu_count()
 
 
-def _native_options(onnxruntime: Any, options: SessionOptions) -> Any:
-    native = onnxruntime.SessionOptions()
+def _native_options(options: SessionOptions) -> Any:
+    library = onnxruntime()
+    native = library.SessionOptions()
     native.log_severity_level = 4  # what goes wrong is raised, and not printed as well
-    if _shared_threads():
+    if shared_threads():
         native.use_per_session_threads = False
     else:
         native.intra_op_num_threads = threads_of(options)
@@ -348,7 +206,7 @@ def _native_options(onnxruntime: Any, options: SessionOptions) -> Any:
     native.enable_cpu_mem_arena = options.arena
     native.enable_mem_pattern = options.arena
     level = _OPTIMIZATION[options.optimization]
-    native.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    native.graph_optimization_level = getattr(library.GraphOptimizationLevel, level)
     for key, value in options.entries:
         native.add_session_config_entry(key, value)
     return native
@@ -383,16 +241,14 @@ def open_session(
 def _open_on(
     path: Path, device: devices.Device, options: SessionOptions, token: CancelToken
 ) -> OnnxSession:
-    onnxruntime = _onnxruntime()
     if not path.is_file():
         raise LoadError(f"There is no file {path}.", path=str(path))
-    return _made(path, device, _native_options(onnxruntime, options), token)
+    return _made(path, device, _native_options(options), token)
 
 
 def _made(
     path: Path, device: devices.Device, native_options: Any, token: CancelToken
 ) -> OnnxSession:
-    onnxruntime = _onnxruntime()
     chosen: list[Any] = ["CPUExecutionProvider"]
     if device.name != "cpu":
         provider_options = {} if device.name == "coreml" else {"device_id": str(device.index)}
@@ -403,8 +259,8 @@ def _made(
 
     token.attach(stop)
     try:
-        with _opening:
-            native = onnxruntime.InferenceSession(
+        with opening():
+            native = onnxruntime().InferenceSession(
                 str(path), native_options, providers=chosen, enable_fallback=0
             )
     except Exception as error:
@@ -441,9 +297,7 @@ def open_prepared(path: Path, options: SessionOptions, token: CancelToken) -> On
         LoadError: It cannot be loaded.
         PipelineCancelledError: The token was cancelled.
     """
-    native_options = _native_options(
-        _onnxruntime(), dataclasses.replace(options, optimization="none")
-    )
+    native_options = _native_options(dataclasses.replace(options, optimization="none"))
     return _made(path, devices.Device("cpu"), native_options, token)
 
 
@@ -466,7 +320,7 @@ def write_prepared(source: Path, target: Path, options: SessionOptions) -> int:
         RunError: What was written gives other answers than the original.
     """
     token = CancelToken("preparing a model")
-    native_options = _native_options(_onnxruntime(), options)
+    native_options = _native_options(options)
     native_options.optimized_model_filepath = str(target)
     for key, value in (
         ("optimized_model_external_initializers_file_name", f"{target.name}.data"),
@@ -542,8 +396,8 @@ class OnnxSession:
     def __init__(self, native: Any, path: Path, device: devices.Device) -> None:
         self._native: Any = native
         self._path = path
-        self._run_options = _onnxruntime().RunOptions
-        self._memory = _onnxruntime().OrtDevice.make("cpu", 0)._get_c_device()
+        self._run_options = onnxruntime().RunOptions
+        self._memory = onnxruntime().OrtDevice.make("cpu", 0)._get_c_device()
         self.device = device
         self.inputs = tuple(_describe(one) for one in native.get_inputs())
         self.outputs = tuple(_describe(one) for one in native.get_outputs())
@@ -645,7 +499,7 @@ class OnnxSession:
 
 def value_of(array: Array) -> Any:
     """An array as a value of the runtime, which reads it where it lies: it has to stay there."""
-    return _onnxruntime().OrtValue.ortvalue_from_numpy(array)._ortvalue
+    return onnxruntime().OrtValue.ortvalue_from_numpy(array)._ortvalue
 
 
 def _describe(node: Any) -> TensorInfo:
