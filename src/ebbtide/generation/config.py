@@ -183,7 +183,7 @@ class GenerationConfig:
             _refuse_or_drop(
                 values,
                 asked,
-                ("exponential_decay_length_penalty",),
+                "exponential_decay_length_penalty",
                 "exponential_decay_length_penalty makes an end more likely, and there is no token"
                 " that ends a row: pass eos_token_id too.",
             )
@@ -220,15 +220,13 @@ def _of_caller(given: Mapping[str, object]) -> dict[str, Any]:
     return values
 
 
-def _refuse_or_drop(
-    values: dict[str, Any], asked: AbstractSet[str], names: Sequence[str], why: str
-) -> None:
-    """Refuse options that contradict others if the caller gave one; else leave the model's out."""
-    if not asked.isdisjoint(names):
-        raise InputError(why, value={name: values[name] for name in names if name in values})
-    for name in names:
-        if name in values:
-            log.debug("The model's %s=%r is not used here: %s", name, values.pop(name), why)
+def _refuse_or_drop(values: dict[str, Any], asked: AbstractSet[str], name: str, why: str) -> None:
+    """Refuse an option that contradicts others if the caller gave it; else leave it out."""
+    if name in asked:
+        raise InputError(why, value=values[name])
+    if name in values:
+        value = values.pop(name)
+        log.debug("The model's %s=%r is not used here: %s", name, value, why)
 
 
 def _settle_lengths(values: dict[str, Any], asked: AbstractSet[str]) -> None:
@@ -242,10 +240,10 @@ def _settle_lengths(values: dict[str, Any], asked: AbstractSet[str]) -> None:
     name, top = ("max_length", length) if most is None else ("max_new_tokens", most)
     if values.get("min_new_tokens", 0) > top:
         why = f"min_new_tokens={values['min_new_tokens']} is more than {name}={top} allows"
-        _refuse_or_drop(values, asked, ("min_new_tokens",), f"{why}: pass a larger {name}.")
+        _refuse_or_drop(values, asked, "min_new_tokens", f"{why}: pass a larger {name}.")
     if most is None and "min_new_tokens" not in values and values.get("min_length", 0) > length:
         why = f"min_length={values['min_length']} is more than max_length={length}"
-        _refuse_or_drop(values, asked, ("min_length",), f"{why}: pass a larger max_length.")
+        _refuse_or_drop(values, asked, "min_length", f"{why}: pass a larger max_length.")
 
 
 def _settle_sampling(values: dict[str, Any], asked: AbstractSet[str]) -> None:
@@ -287,19 +285,19 @@ def _settle_beams(values: dict[str, Any], asked: AbstractSet[str]) -> None:
                 " leave num_beam_groups out."
             )
         if why:
-            _refuse_or_drop(values, asked, ("num_beam_groups",), why)
+            _refuse_or_drop(values, asked, "num_beam_groups", why)
     if values.get("diversity_penalty") and values.get("num_beam_groups", 1) == 1:
         _refuse_or_drop(
             values,
             asked,
-            ("diversity_penalty",),
+            "diversity_penalty",
             "diversity_penalty sets groups of beams apart: pass num_beams and num_beam_groups,"
             " such as 4 and 2, or leave diversity_penalty out.",
         )
     for name, neutral in (("early_stopping", False), ("length_penalty", 1.0)):
         if beams == 1 and values.get(name, neutral) != neutral:
             why = f"{name} is for beam search: pass num_beams from 2, or leave {name} out."
-            _refuse_or_drop(values, asked, (name,), why)
+            _refuse_or_drop(values, asked, name, why)
 
 
 def _settle_returned(values: dict[str, Any], asked: AbstractSet[str]) -> None:
@@ -308,13 +306,13 @@ def _settle_returned(values: dict[str, Any], asked: AbstractSet[str]) -> None:
         return
     if beams > 1 and rows > beams:
         why = f"{beams} beams cannot give num_return_sequences={rows}: pass num_beams={rows}."
-        _refuse_or_drop(values, asked, ("num_return_sequences",), why)
+        _refuse_or_drop(values, asked, "num_return_sequences", why)
     elif beams == 1 and not values.get("do_sample"):
         why = (
             f"The best token each time gives one text, and not num_return_sequences={rows}: pass"
             f" do_sample=True with a temperature above 0, or num_beams={rows}."
         )
-        _refuse_or_drop(values, asked, ("num_return_sequences",), why)
+        _refuse_or_drop(values, asked, "num_return_sequences", why)
 
 
 # How each option is read: from its name and what was said, the value, or an error

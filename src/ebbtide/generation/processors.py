@@ -28,6 +28,9 @@ Processor = ScoresProcessor
 FIRST_SORTED: Final = 1024
 """How many of the best tokens are sorted first where `top_p` looks for its share."""
 
+BLOCK: Final = 256
+"""Tokens whose probability is added up at once where one is drawn: to go through all is slow."""
+
 _NEVER: Final = np.float32(-np.inf)
 _ZERO: Final = np.float32(0)
 _ONE: Final = np.float32(1)
@@ -187,14 +190,22 @@ def sample(scores: Scores, dice: np.random.Generator) -> NDArray[np.int64]:
             "A row has no token left to draw from, or a score that is NaN or infinite: forbid less,"
             " or pass remove_invalid_values=True."
         )
-    reached = np.cumsum(np.exp(_from_best(scores)), axis=-1, dtype=np.float64)
-    total = reached[:, -1]
-    drawn = dice.random(len(scores)) * total
+    masses = np.exp(_from_best(scores))
+    blocks = np.add.reduceat(masses, np.arange(0, scores.shape[1], BLOCK), 1, dtype=np.float64)
     found = np.empty(len(scores), np.int64)
-    for row, (upto, point, end) in enumerate(zip(reached, drawn, total, strict=True)):
-        token = np.searchsorted(upto, point, side="right")
-        found[row] = min(token, np.searchsorted(upto, end))  # the point may be rounded to the end
+    for row, point in enumerate(dice.random(len(scores)) * blocks.sum(axis=1)):
+        block = _struck(blocks[row], point)
+        start = block * BLOCK
+        rest = point - blocks[row, :block].sum()
+        found[row] = start + _struck(masses[row, start : start + BLOCK], rest)
     return found
+
+
+def _struck(masses: NDArray[np.float32] | NDArray[np.float64], point: float) -> int:
+    """Which of these masses, laid end to end, a point is in; never one that is 0."""
+    reached = np.cumsum(masses, dtype=np.float64)
+    within = np.searchsorted(reached, max(point, 0.0), side="right")
+    return int(min(within, np.searchsorted(reached, reached[-1])))  # rounding may lead beyond
 
 
 def guided(conditional: Scores, unconditional: Scores, scale: float) -> Scores:
@@ -448,41 +459,43 @@ def top_p(ids: Ids, scores: Scores, *, share: float, keep: int = 1) -> Scores:
 
     Of equal tokens, those with the lower ids are the better ones.
     """
-    found = np.full_like(scores, _NEVER)
-    # the tokens below this have together less than what may be left out
-    least = (1 - share) / scores.shape[1] / 2
+    found = np.empty_like(scores)
     for row, (of_row, chances) in enumerate(zip(scores, softmax(scores), strict=True)):
-        likely = np.flatnonzero(chances > least)
-        if len(likely) < keep:
-            likely = np.arange(len(of_row))
-        kept = _best_with(share, of_row, chances, likely, keep)
-        found[row, kept] = of_row[kept]
+        least, count = _cut(of_row, chances, share, keep)
+        kept = of_row > least
+        equals = np.flatnonzero(of_row == least)
+        kept[equals[: count - int(np.count_nonzero(kept))]] = True
+        found[row] = np.where(kept, of_row, _NEVER)
     return found
 
 
-def _best_with(
-    share: float,
-    scores: NDArray[np.float32],
-    chances: NDArray[np.float32],
-    likely: NDArray[np.int64],
-    keep: int,
-) -> NDArray[np.int64]:
-    """Of one row's likely tokens the best with so much probability; sorts no more than it must."""
-    count = max(FIRST_SORTED, keep)
+def _cut(
+    scores: NDArray[np.float32], chances: NDArray[np.float32], share: float, keep: int
+) -> tuple[np.float32, int]:
+    """Where `top_p` cuts through one row; it sorts no more of the tokens than it must.
+
+    Returns:
+        The least score that is kept, and how many tokens are.
+    """
     total = chances.sum(dtype=np.float64)
+    size = max(FIRST_SORTED, keep)
+    # the tokens below this have together less than what may be left out
+    likely = chances > (1 - share) / len(scores) / 2
+    if keep <= np.count_nonzero(likely) <= size:
+        scores, chances = scores[likely], chances[likely]
     while True:
-        some = likely
-        if count < len(likely):
-            values = scores[likely]
-            place = len(likely) - count
-            some = likely[values >= np.partition(values, place)[place]]
-        best = some[np.argsort(-scores[some], kind="stable")]
+        place = max(len(scores) - size, 0)
+        best, likeliest = (
+            np.sort(np.partition(one, place)[place:] if place else one)[::-1]
+            for one in (scores, chances)
+        )
         # what the tokens after each have together: the rounding is that of transformers
-        left = (total - np.cumsum(chances[best], dtype=np.float64)).astype(np.float32)
-        needed = int((left > np.float32(1 - share)).sum()) + 1
-        if needed <= len(best) or len(best) == len(likely):
-            return best[: max(needed, keep)]
-        count *= 8
+        left = (total - np.cumsum(likeliest, dtype=np.float64)).astype(np.float32)
+        count = max(int(np.count_nonzero(left > np.float32(1 - share))) + 1, keep)
+        if count <= len(best) or not place:
+            count = min(count, len(best))
+            return best[count - 1], count
+        size *= 8
 
 
 def min_p(ids: Ids, scores: Scores, *, share: float, keep: int = 1) -> Scores:
