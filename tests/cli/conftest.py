@@ -27,6 +27,10 @@ MODEL_OF = {
     "question-answering": MODELS / "bert" / "span",
     "fill-mask": MODELS / "bert" / "mask",
     "zero-shot-classification": MODELS / "bert" / "nli",
+    "text-generation": MODELS / "gen-llama",
+    "text2text-generation": MODELS / "gen-t5",
+    "summarization": MODELS / "gen-bart",
+    "translation": MODELS / "gen-marian",
 }
 
 

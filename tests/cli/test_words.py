@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbtide.cli.words import call_options, groups, split
+from ebbtide.cli.words import call_options, generation_options, groups, split
 from ebbtide.errors import EbbtideError, InputError, OptionError
+from ebbtide.generation import GenerationConfig
 from ebbtide.pipelines import TASKS
 
 TASK = "feature-extraction"
@@ -56,6 +58,13 @@ def test_texts_and_options_are_told_apart(
         ("zero-shot-classification", "--candidate-labels=sea, city", "sea, city"),
         ("zero-shot-classification", "--entailment-label=none", "none"),
         ("zero-shot-classification", "--hypothesis-template=5 {}", "5 {}"),
+        ("text-generation", "--temperature=0.5", 0.5),
+        ("text-generation", "--max-new-tokens=none", None),
+        ("text-generation", "--early-stopping=never", "never"),
+        ("text-generation", "--early-stopping=true", True),
+        ("text-generation", "--stop-strings=., !", [".", "!"]),
+        ("text-generation", "--suppress-tokens=1,22", [1, 22]),
+        ("translation", "--src-lang=en", "en"),
     ],
 )
 def test_a_value_is_of_the_kind_that_the_signature_says(
@@ -79,6 +88,9 @@ def test_a_value_is_of_the_kind_that_the_signature_says(
         ("text-classification x --top-k many", "a whole number or none, not 'many'"),
         ("text-classification x --top-k=2.5", "a whole number or none, not '2.5'"),
         ("fill-mask x --top-k none", "a whole number, not 'none'"),
+        ("text-generation x --temperature warm", "temperature takes a number, not 'warm'"),
+        ("text-generation x --suppress-tokens=1,b", "takes whole numbers with commas, not '1,b'"),
+        ("text-generation x --do-smaple", "Did you mean 'do_sample'?"),
         ("fill-mask x --text-pair y", "no option 'text_pair'"),
         ("ner x --aggregation-strategy frist", "Did you mean 'first'?"),
         ("sentiment-analysis x --function-to-apply sofmax", "Did you mean 'softmax'?"),
@@ -112,15 +124,31 @@ def test_an_option_that_the_call_lacks_is_an_error() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_options_are_those_of_the_signature(task: str) -> None:
     _, _, *parameters = inspect.signature(TASKS[task].pipeline.__call__).parameters
-    found = [name for name in call_options(task) if name != "text_pair"]
-    assert found == [name for name in parameters if name != "unknown"]
+    known = call_options(task)
+    if "options" in parameters:
+        known = {name: one for name, one in known.items() if name not in generation_options()}
+    found = [name for name in known if name not in ("text_pair", "src_lang", "tgt_lang")]
+    assert found == [name for name in parameters if name not in ("unknown", "streamer", "options")]
+
+
+def test_the_options_of_a_generation_are_all_that_can_be_typed() -> None:
+    every = {field.name for field in dataclasses.fields(GenerationConfig)}
+    assert every - generation_options().keys() == {
+        "bad_words_ids", "sequence_bias", "exponential_decay_length_penalty", "logits_processor",
+        "stopping_criteria", "prefix_allowed_tokens_fn",
+    }  # fmt: skip
+    for task in ("text-generation", "text2text-generation", "summarization", "translation"):
+        assert generation_options().keys() <= call_options(task).keys()
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_default_is_a_value_of_its_option(task: str) -> None:
-    kinds = {"flag": bool, "number": int, "word": str, "text": str, "texts": tuple}
+    kinds = {
+        "flag": bool, "number": int, "decimal": float, "numbers": tuple, "word": str, "text": str,
+        "texts": tuple,
+    }  # fmt: skip
     for option in call_options(task).values():
         if option.default is not None and not option.needed:
             assert type(option.default) is kinds[option.kind]
-        if option.values and option.default is not None:
+        if option.kind == "word" and option.default is not None:
             assert option.default in option.values

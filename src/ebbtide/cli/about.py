@@ -16,7 +16,7 @@ from rich.text import Text
 
 import ebbtide
 from ebbtide.cli.models import readable
-from ebbtide.cli.words import as_list, call_options, example
+from ebbtide.cli.words import as_list, call_options, example, generation_options
 from ebbtide.errors import ModelNotFoundError
 from ebbtide.hub import installed
 from ebbtide.memory import snapshot
@@ -59,8 +59,11 @@ def tasks(*, as_json: bool) -> None:
         print(json.dumps({"tasks": listed, "installed_models": _models()}))
         return
     console = Console(highlight=False)
+    shared = generation_options()
     for task in TASKS.values():
-        options = [as_list(option) for option in call_options(task.name).values()]
+        known = call_options(task.name)
+        options = [as_list(option) for name, option in known.items() if name not in shared]
+        options += ["and those of a generation, see below"] * (shared.keys() <= known.keys())
         rows = [
             *([("also", ", ".join(task.aliases))] if task.aliases else []),
             ("takes", task.takes),
@@ -70,6 +73,7 @@ def tasks(*, as_json: bool) -> None:
             *(("" if number else "options", option) for number, option in enumerate(options)),
         ]
         _section(console, task.name, rows)
+    _section(console, "generation", [("", as_list(option)) for option in shared.values()])
     _print_models(console)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -39,11 +40,13 @@ class View:
         columns: The columns' names.
         rows: The rows of one text and its result.
         given: What JSON calls the text. Where it is also the first column, a table has a text once.
+        streamed: Whether the result is a text that comes piece by piece, which no table shows.
     """
 
     columns: Row
     rows: Callable[[str, Any], Iterable[Row]]
     given: str = "text"
+    streamed: bool = False
 
 
 def json_line(view: View, text: str, result: Any) -> str:
@@ -76,6 +79,16 @@ def table(view: View, found: Iterable[tuple[str, Any]], console: Console) -> Non
     console.print(shown)
 
 
+def printable(text: str) -> str:
+    r"""A text without what would steer the terminal: control characters but lines and tabs.
+
+    Example:
+        >>> printable("one\x1b[2J two")
+        'one[2J two'
+    """
+    return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
+
+
 def shape(result: Array) -> str:
     """The array's shape.
 
@@ -103,7 +116,7 @@ def first(result: Array, count: int = 3) -> str:
 def _rows(view: View, text: str, result: Any) -> Iterator[Row]:
     """The rows, each cell on one line and without tabs; a dash for an empty one."""
     for row in view.rows(text, result):
-        yield tuple(" ".join(cell.split()) or "-" for cell in row)
+        yield tuple(printable(" ".join(cell.split())) or "-" for cell in row)
 
 
 def _vector(text: str, vector: Array) -> Iterator[Row]:
@@ -141,6 +154,14 @@ def _own_labels(text: str, found: Any) -> Iterator[Row]:
         yield text, label, _score(score)
 
 
+def _written(key: str) -> View:
+    def rows(text: str, found: Any) -> Iterator[Row]:
+        for one in found if isinstance(found, list) else [found]:
+            yield text, one[key]
+
+    return View(("text", key.replace("_", " ")), rows, streamed=True)
+
+
 def _score(score: float) -> str:
     """Four digits; of a score that has none there, its size."""
     return f"{score:.0e}" if 0 < abs(score) < 0.0001 else f"{score:.4f}"
@@ -162,6 +183,10 @@ VIEWS: Final[Mapping[str, View]] = MappingProxyType(
         ),
         "fill-mask": View(("token", "score", "sequence"), _fillings),
         "zero-shot-classification": View(("text", "label", "score"), _own_labels),
+        "text-generation": _written("generated_text"),
+        "text2text-generation": _written("generated_text"),
+        "summarization": _written("summary_text"),
+        "translation": _written("translation_text"),
     }
 )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
+from rich.text import Text
 
 import ebbtide
 from ebbtide.cli import results
@@ -15,6 +16,9 @@ from ebbtide.cli.words import Value, example, groups, split
 from ebbtide.errors import InputError
 from ebbtide.factory import PipelineOptions
 from ebbtide.pipelines import Pipeline, find
+
+_SEVERAL: Final = ("num_beams", "num_return_sequences")
+"""Options with which no text is known before its end, or there are several."""
 
 
 def run(
@@ -54,6 +58,8 @@ def run(
                 form = results.json_line if as_json else results.plain_rows
                 for text, result in found:
                     print(form(view, text, result), flush=True)
+            elif view.streamed:
+                _write(pipe, texts, call)
             else:
                 results.table(view, found, Console())
         except KeyboardInterrupt:
@@ -77,6 +83,31 @@ def _results(
             # In a list, a text's only label is not wrapped in a list of its own.
             bare = pipe.task == "text-classification" and isinstance(result, dict)
             yield text, [result] if bare else result
+
+
+def _write(pipe: Pipeline, texts: Sequence[str], options: dict[str, Value]) -> None:
+    """Each text, and what is written of it, as it is written where that is known at once."""
+    console = Console(highlight=False, soft_wrap=True)
+    written: Any = pipe
+    goes_on = pipe.task == "text-generation"
+    if goes_on:
+        options = {"return_full_text": False, **options}
+    several = any(type(options.get(one)) is int and options[one] != 1 for one in _SEVERAL)
+    for text in texts:
+        end = "" if goes_on and not several else "\n"
+        if not options.get("return_full_text"):
+            console.print(Text(results.printable(text), style="dim"), end=end)
+        if several:
+            for one in written(text, **options):
+                for row in one if isinstance(one, list) else [one]:
+                    console.print(Text(results.printable(next(iter(row.values())))))
+            continue
+        written(
+            text,
+            streamer=lambda piece: console.print(Text(results.printable(piece.text)), end=""),
+            **options,
+        )
+        console.print()
 
 
 def _lines() -> Iterator[str]:

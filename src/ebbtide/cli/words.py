@@ -6,14 +6,15 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal
 
 from ebbtide.errors import InputError, OptionError, unknown_option, unknown_value
+from ebbtide.generation import GenerationConfig
 from ebbtide.pipelines import find
 
-Value = bool | int | str | list[str] | None
-Kind = Literal["flag", "number", "word", "text", "texts"]
+Value = bool | int | float | str | list[str] | list[int] | None
+Kind = Literal["flag", "number", "decimal", "numbers", "word", "text", "texts"]
 
 _BOOLEANS: Final = {"true": True, "false": False}
 _OWN: Final = ("model", "dtype", "device", "revision", "prepare", "json")
@@ -24,6 +25,10 @@ _EXAMPLES: Final = {
     "question-answering": '"When?" --context "The tide goes out at six."',
     "fill-mask": '"The tide goes [MASK]."',
     "zero-shot-classification": '"The tide goes out." --candidate-labels "sea, city"',
+    "text-generation": '"The tide goes" --max-new-tokens 20',
+    "text2text-generation": '"translate English to German: The tide goes out."',
+    "summarization": '"The tide goes out at six, and the boats lie on their sides until noon."',
+    "translation": '"The tide goes out."',
 }
 
 
@@ -33,10 +38,11 @@ class CallOption:
 
     Attributes:
         name: Its name in Python.
-        kind: A ``flag`` may stand alone, for true; a ``number`` is whole; a ``word`` is one of
-            `values`; ``texts`` are parted by commas.
+        kind: A ``flag`` may stand alone, for true; a ``number`` is whole, a ``decimal`` maybe not;
+            a ``word`` is one of `values`; ``texts`` and ``numbers`` are parted by commas.
         default: What it is where it is not given.
-        values: The words it takes, where they are a closed list.
+        values: The words it takes, where they are a closed list; of a flag those beside true and
+            false.
         needed: Whether there is nothing to do without it.
         none: Whether a number may also be None.
     """
@@ -56,26 +62,40 @@ class CallOption:
             OptionError: The same, for a flag.
         """
         if self.kind == "flag":
+            if text in self.values:
+                return text
             if text.lower() not in _BOOLEANS:
                 raise OptionError(
                     f"{self.name} takes True or False, not {text!r}.", option=self.name
                 )
             return _BOOLEANS[text.lower()]
-        if self.kind == "number":
+        if self.kind in _READ:
             if self.none and text.lower() == "none":
                 return None
+            read, takes = _READ[self.kind]
             try:
-                return int(text)
+                return read(text)
             except ValueError:
                 also = " or none" if self.none else ""
                 raise InputError(
-                    f"{self.name} takes a whole number{also}, not {text!r}.", value=text
+                    f"{self.name} takes {takes}{also}, not {text!r}.", value=text
                 ) from None
         if self.kind == "word" and text not in self.values:
             raise unknown_value(self.name, text, self.values)
         if self.kind == "texts":
-            return [one for one in map(str.strip, text.split(",")) if one]
+            return _parted(text)
         return text
+
+
+def _parted(text: str) -> list[str]:
+    return [one for one in map(str.strip, text.split(",")) if one]
+
+
+_READ: Final[Mapping[Kind, tuple[Callable[[str], Value], str]]] = {
+    "number": (int, "a whole number"),
+    "decimal": (float, "a number"),
+    "numbers": (lambda text: [int(one) for one in _parted(text)], "whole numbers with commas"),
+}
 
 
 def example(task: str) -> str:
@@ -101,36 +121,75 @@ def call_options(task: str) -> Mapping[str, CallOption]:
     hints = typing.get_type_hints(call)
     _, _, *parameters = inspect.signature(call).parameters.values()  # self, and the texts
     options = {
-        one.name: _option(one, hints[one.name])
+        one.name: _option(one.name, hints[one.name], one.default, one.kind is not one.KEYWORD_ONLY)
         for one in parameters
-        if one.kind is not one.VAR_KEYWORD
+        if one.kind is not one.VAR_KEYWORD and not _is_of_python(hints[one.name])
     }
     if found.name == "text-classification":  # in Python, a part of the input
         options["text_pair"] = CallOption("text_pair", "text")
+    if found.name == "translation":
+        options |= {name: CallOption(name, "text") for name in ("src_lang", "tgt_lang")}
+    if parameters[-1].name == "options":  # and not `unknown` ones, which are refused
+        options |= generation_options()
     return options
 
 
-def _option(parameter: inspect.Parameter, hint: object) -> CallOption:
+def generation_options() -> Mapping[str, CallOption]:
+    """The options of a generation that can be typed, by name.
+
+    Example:
+        >>> generation_options()["temperature"].kind
+        'decimal'
+    """
+    hints = typing.get_type_hints(GenerationConfig)
+    return {
+        one.name: _option(one.name, hints[one.name], one.default, False)
+        for one in dataclasses.fields(GenerationConfig)
+        if not _is_of_python(hints[one.name])
+    }
+
+
+def _members(hint: object) -> tuple[Any, ...]:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    members = typing.get_args(hint) if union else (hint,)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _is_of_python(hint: object) -> bool:
+    """Whether it takes only functions, or lists within lists, which nobody types."""
+    return not any(
+        one in (bool, int, float, str)
+        or typing.get_origin(one) is Literal
+        or (
+            any(typing.get_args(one))
+            and all(each in (str, int, ...) for each in typing.get_args(one))
+        )
+        for one in _members(hint)
+    )
+
+
+def _option(name: str, hint: object, default: object, needed: bool) -> CallOption:
+    members = _members(hint)
     literals = [one for one in members if typing.get_origin(one) is Literal]
-    needed = parameter.kind is not parameter.KEYWORD_ONLY
     kind: Kind = "text"
-    if literals:
-        kind = "word"
-    elif bool in members:
+    if bool in members:
         kind = "flag"
+    elif literals:
+        kind = "word"
     elif int in members:
         kind = "number"
+    elif float in members:
+        kind = "decimal"
+    elif tuple[int, ...] in members:
+        kind = "numbers"
     elif not needed and any(map(typing.get_args, members)):  # as in Sequence[str]
         kind = "texts"
     return CallOption(
-        parameter.name,
+        name,
         kind,
-        parameter.default,
+        default,
         values=tuple(value for one in literals for value in typing.get_args(one)),
         needed=needed,
-        none=kind == "number" and type(None) in members,
+        none=kind in ("number", "decimal") and type(None) in members,
     )
 
 
@@ -189,8 +248,11 @@ def as_list(option: CallOption) -> str:
         '--context TEXT (needed)'
     """
     if option.kind == "flag":
-        return f"--[no-]{_dashed(option)[2:]}"
-    shown = {"number": "INT", "text": "TEXT", "texts": "TEXT,TEXT,..."}
+        return " | ".join((f"--[no-]{_dashed(option)[2:]}", *option.values))
+    shown = {
+        "number": "INT", "decimal": "FLOAT", "numbers": "INT,INT,...",
+        "text": "TEXT", "texts": "TEXT,TEXT,...",
+    }  # fmt: skip
     value = " | ".join(option.values) or shown[option.kind]
     none, needed = " | none" * option.none, " (needed)" * option.needed
     return f"{_dashed(option)} {value}{none}{needed}"
@@ -215,5 +277,5 @@ def _dashed(option: CallOption) -> str:
 
 def _is_value(option: CallOption, word: str) -> bool:
     if option.kind == "flag":
-        return word.lower() in _BOOLEANS
+        return word.lower() in _BOOLEANS or word in option.values
     return not word.startswith("--")
