@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ebbtide
-from ebbtide.runtime import prepare, session
+from ebbtide.runtime import library, prepare, session
 from ebbtide.runtime.store import Store
 
 TASK = "feature-extraction"
@@ -74,7 +74,7 @@ def test_nothing_is_loaded_in_the_process_that_asks(tiny_bert: Path, root: Path)
 def test_what_does_not_run_on_the_cpu_has_no_copy(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(library, "providers", lambda: ["CUDAExecutionProvider"])
     with pytest.raises(ebbtide.PrepareError, match="it runs on cuda:1, and only what") as caught:
         ebbtide.prepare(TASK, tiny_bert, device="cuda:1")
     assert caught.value.path == str(tiny_bert / "onnx" / "model.onnx")

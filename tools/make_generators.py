@@ -20,8 +20,10 @@ How to run it
 
         python tools/make_generators.py --npm ../npm               # all types
         python tools/make_generators.py --npm ../npm gpt2 llama    # only the named ones
+        python tools/make_generators.py --npm ../npm --only-transformers-js
 
-    Without --npm nothing is asked of Transformers.js. No network is used.
+    Without --npm nothing is asked of Transformers.js. The last asks only that, of the models that
+    there are, and changes nothing in the goldens but "transformers_js". No network is used.
 
 The golden JSON
     {"versions": of the packages that answered,
@@ -36,12 +38,18 @@ The golden JSON
                        a row ends with its first end token, and padding after it is left out.
                        With num_return_sequences = N the rows of a prompt follow one another,
                 "scores": sequences_scores, one for each row; only with beams,
-                "text": each row decoded, without special tokens}],
-     "transformers_js": {"text": {name of a case of one prompt: the new text}} or {"error": why}}
+                "text": each row decoded, without special tokens: of a causal model what it adds
+                        to the prompt's text}],
+     "transformers_js": {"version": ..., "text": {name of a greedy case of one prompt: the new text,
+                                                  or {"error": why}}} or {"error": why}}
 
     Several prompts are one batch, padded as the tokenizer's padding side says: on the left for
     causal models, on the right for an encoder. Without the cache `transformers` answers the same.
     A golden of a graph that cannot read padding has no such batch.
+
+    Transformers.js is asked through its pipelines: the same text or messages, the same file and
+    options, and the special tokens that the tokenizer puts around a text. Those its
+    text-generation leaves out on its own where tokenizer_config.json has no `add_bos_token`.
 """
 
 from __future__ import annotations
@@ -51,6 +59,8 @@ import contextlib
 import json
 import logging
 import shutil
+import signal
+import subprocess
 import sys
 import warnings
 import zlib
@@ -82,6 +92,10 @@ GAP = 1e-3
 """How far the two best logits are apart at least, wherever a case is greedy."""
 NOISE = 2e-4
 """How far logits may be off without an answer becoming another."""
+PATIENCE = 120
+"""How many seconds Transformers.js may take for one model."""
+PLAIN = ("single-", "ends-", "chat-")
+"""How the names of cases begin that Transformers.js is asked."""
 
 PROMPTS = (
     "The tide goes out twice a day",
@@ -257,10 +271,21 @@ class Oracle:
         }
         if scores is not None:
             case["scores"] = [round(score, 6) for score in scores]
-        case["text"] = self.tokenizer.batch_decode(
+        copies = len(ids) // len(input_ids)
+        before = [row for row in input_ids for _ in range(copies)]
+        case["text"] = [
+            self._text(row)
+            if self.kind.seq2seq
+            else self._text([*prompt, *row])[len(self._text(prompt)) :]
+            for prompt, row in zip(before, ids, strict=True)
+        ]
+        return case
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return case
+        return text
 
     def generate(
         self, input_ids: Sequence[Sequence[int]], **options: Any
@@ -534,42 +559,86 @@ def write_golden(file: Path, golden: Mapping[str, Any]) -> None:
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def ask_javascript(npm: Path, goldens: Mapping[str, dict[str, Any]]) -> None:
-    """Ask Transformers.js the greedy cases of one prompt."""
-    jobs = []
-    for golden in goldens.values():
-        seq2seq = golden["kind"] == "seq2seq"
-        jobs.append(
-            {
-                "model": golden["model"],
-                "task": "text2text-generation" if seq2seq else "text-generation",
-                "calls": {
-                    case["name"]: [
-                        case["prompts"][0],
-                        {**case["options"], **({} if seq2seq else {"return_full_text": False})},
-                    ]
-                    for case in golden["cases"]
-                    if case["name"].startswith("single-")
-                },
-            }
-        )
-    spoken, answers = run_javascript(npm, MODELS, jobs)
-    for (name, golden), found in zip(goldens.items(), answers, strict=True):
-        golden["versions"]["transformers.js"] = spoken
-        if "*" in found:
-            golden["transformers_js"] = found["*"]
-        else:
-            texts = {
-                case: one if isinstance(one, dict) else one[0]["generated_text"]
-                for case, one in found.items()
-            }
-            golden["transformers_js"] = {"text": texts}
-        same = [
-            case["name"]
+def javascript_job(golden: Mapping[str, Any]) -> dict[str, Any]:
+    """The greedy cases of one prompt, as Transformers.js is asked them."""
+    seq2seq = golden["kind"] == "seq2seq"
+    more = {} if seq2seq else {"return_full_text": False, "add_special_tokens": True}
+    merged = (MODELS / golden["model"] / "onnx" / "decoder_model_merged.onnx").exists()
+    return {
+        "model": golden["model"],
+        "task": "text2text-generation" if seq2seq else "text-generation",
+        "options": {"model_file_name": "decoder_model_merged"} if merged and not seq2seq else {},
+        "calls": {
+            case["name"]: [case["prompts"][0], {**case["options"], **more}]
             for case in golden["cases"]
-            if golden["transformers_js"].get("text", {}).get(case["name"]) == case["text"][0]
-        ]
-        print(f"{name}: Transformers.js agrees on {len(same)}: {golden['transformers_js']}"[:300])
+            if len(case["prompts"]) == 1 and case["name"].startswith(PLAIN)
+        },
+    }
+
+
+def new_text(answer: Any) -> Any:
+    """The text in an answer of Transformers.js: of a chat, that of its last message."""
+    if "error" in answer:
+        return refusal(answer)
+    text = answer[0]["generated_text"]
+    return text if isinstance(text, str) else text[-1]["content"]
+
+
+def refusal(answer: Mapping[str, str]) -> dict[str, str]:
+    """Why there is no answer, without the path of this machine."""
+    return {"error": answer["error"].replace(str(MODELS), "tests/models")}
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """What takes longer than this ends with `TimeoutError`."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise TimeoutError(f"no answer in {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def ask_javascript(npm: Path, golden: Mapping[str, Any]) -> dict[str, Any]:
+    """What Transformers.js answers, in a process of its own for each model."""
+    try:
+        with within(PATIENCE):
+            spoken, (found,) = run_javascript(npm, MODELS, [javascript_job(golden)])
+    except TimeoutError as error:
+        return {"error": str(error)}
+    except subprocess.CalledProcessError as error:
+        return {"error": f"the process ended with {error.returncode}"}
+    if "*" in found:
+        return {"version": spoken, **refusal(found["*"])}
+    texts = {case: new_text(answer) for case, answer in found.items()}
+    first, *others = texts.values()
+    if isinstance(first, dict) and all(one == first for one in others):
+        return {"version": spoken, **first}
+    return {"version": spoken, "text": texts}
+
+
+def compare_javascript(npm: Path, names: Sequence[str]) -> None:
+    """Write into goldens what Transformers.js answers, and say where it differs."""
+    for name in names:
+        file = GENERATION / f"{name}.json"
+        if not file.exists():
+            print(f"{name}: has no golden", flush=True)
+            continue
+        golden = json.loads(file.read_text(encoding="utf-8"))
+        found = golden["transformers_js"] = ask_javascript(npm, golden)
+        write_golden(file, golden)
+        expected = {case["name"]: case["text"][0] for case in golden["cases"]}
+        texts = found.get("text", {})
+        apart = {case: text for case, text in texts.items() if text != expected[case]}
+        agreed = f"agrees on {len(texts) - len(apart)} of {len(texts)}"
+        said = found.get("error", f"{agreed} {apart or ''}")
+        print(f"{name}: Transformers.js: {said}"[:400], flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -581,17 +650,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [kind.name for kind in TYPES]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--npm", type=Path, metavar="FOLDER", help="where npm i was run")
+    parser.add_argument(
+        "--only-transformers-js",
+        action="store_true",
+        help="make nothing; write into the goldens what Transformers.js answers",
+    )
     wanted = parser.parse_args(arguments)
     if unknown := set(wanted.names) - set(names):
         parser.error(f"no such type: {', '.join(sorted(unknown))}")
+    if wanted.npm and not (wanted.npm / "node_modules" / "@huggingface" / "transformers").is_dir():
+        parser.error(f"no Transformers.js in {wanted.npm}: run npm i @huggingface/transformers")
+    if wanted.only_transformers_js:
+        if wanted.npm is None:
+            parser.error("--only-transformers-js needs --npm")
+        compare_javascript(wanted.npm, wanted.names or names)
+        return 0
     GENERATION.mkdir(parents=True, exist_ok=True)
-    made: dict[str, dict[str, Any]] = {}
+    made = []
     failed = []
     for kind in TYPES:
         if wanted.names and kind.name not in wanted.names:
             continue
         try:
-            made[kind.name] = make(kind)
+            golden = make(kind)
         except Exception as error:  # the others are made all the same
             shutil.rmtree(MODELS / f"gen-{kind.name}", ignore_errors=True)
             with contextlib.suppress(FileNotFoundError):
@@ -599,11 +680,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed.append(kind.name)
             print(f"{kind.name}: {type(error).__name__}: {error}"[:1500], flush=True)
             continue
-        write_golden(GENERATION / f"{kind.name}.json", made[kind.name])
+        write_golden(GENERATION / f"{kind.name}.json", golden)
+        made.append(kind.name)
     if wanted.npm:
-        ask_javascript(wanted.npm, made)
-        for name, golden in made.items():
-            write_golden(GENERATION / f"{name}.json", golden)
+        compare_javascript(wanted.npm, made)
     return 1 if failed else 0
 
 

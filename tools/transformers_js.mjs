@@ -1,9 +1,10 @@
-// Run pipelines of Transformers.js; see make_tasks.py, which starts it.
+// Run pipelines of Transformers.js; see make_tasks.py and make_generators.py, which start it.
 //
 //     node transformers_js.mjs PACKAGES JOBS RESULTS
 //
 // PACKAGES is the folder that `npm i @huggingface/transformers` was run in. JOBS is a JSON file,
-// {"models": folder, "jobs": [{"model": name in it, "task": ..., "calls": {name: [arguments]}}]};
+// {"models": folder, "jobs": [{"model": name in it, "task": ..., "calls": {name: [arguments]},
+// "options": of `pipeline`, or none}]};
 // RESULTS is written: {"version": ..., "answers": [for each job {name: answer or {"error": why}}]}.
 
 import { createRequire } from "node:module";
@@ -23,9 +24,10 @@ env.localModelPath = models;
 env.useFSCache = false;
 
 const answers = [];
-for (const { model, task, calls } of jobs) {
+for (const { model, task, calls, options: more } of jobs) {
   const found = {};
   const options = {
+    ...more,
     dtype: "fp32",
     device: "cpu",
     session_options: { intraOpNumThreads: 1, interOpNumThreads: 1, logSeverityLevel: 3 },

@@ -24,6 +24,7 @@ Verify = Literal["graph", "always"]
 _PREFIX = "EBBTIDE_"
 _FLAGS = frozenset({"trim", "offline", "move_to_prepared", "shared_threads"})
 _SECONDS = frozenset({"drain_timeout", "exit_timeout", "idle_trim"})
+_SIZES = frozenset({"cache_size", "prompt_cache_size"})
 _WORDS: dict[str, Any] = {"malloc": MallocPolicy, "prepare": Prepare, "verify": Verify}
 _UNITS = {"": 0, "b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4, "kib": 1, "mib": 2, "gib": 3, "tib": 4}
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -55,6 +56,8 @@ class Settings:
             (``~/.cache/ebbtide`` on Linux). ``EBBTIDE_CACHE_DIR``.
         cache_size: Bytes that the prepared store may take, least recently used entries going first
             and none that is in use; also text, as in ``"20 GB"``. ``EBBTIDE_CACHE_SIZE``.
+        prompt_cache_size: Bytes that each pipeline may keep of what its model saw in calls with
+            ``cache_prompt=True``; also text, as in ``"1 GB"``. ``EBBTIDE_PROMPT_CACHE_SIZE``.
         prepare: What the first load of a model does about its prepared copy: ``"background"`` has
             it made meanwhile, ``"now"`` waits for it, ``"off"`` makes none (one that is there is
             used). ``EBBTIDE_PREPARE``.
@@ -84,6 +87,7 @@ class Settings:
     offline: bool = False
     cache_dir: str | None = None
     cache_size: int = 20_000_000_000
+    prompt_cache_size: int = 256_000_000
     prepare: Prepare = "background"
     move_to_prepared: bool = True
     verify: Verify = "graph"
@@ -91,7 +95,7 @@ class Settings:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse what cannot be used, at the assignment and not at the first use."""
-        if name == "cache_size" and isinstance(value, str):
+        if name in _SIZES and isinstance(value, str):
             found = bytes_of(value)
             value = value if found is None else found
         elif name == "cache_dir" and isinstance(value, os.PathLike):
@@ -148,7 +152,7 @@ def _parse(name: str, text: str) -> object:
         return True if word in _TRUE else False if word in _FALSE else text
     if name in _WORDS:
         return word
-    if name in {"cache_dir", "cache_size"}:
+    if name in {"cache_dir", *_SIZES}:
         return text.strip() or None
     if word in {"", "none", "auto"}:
         return None
@@ -170,7 +174,7 @@ def _problem(name: str, value: object) -> str | None:
     if name == "cache_dir":
         good = value is None or (isinstance(value, str) and value != "")
         return None if good else "takes a folder, or None"
-    if name == "cache_size":
+    if name in _SIZES:
         good = type(value) is int and value >= 0
         return None if good else "takes bytes, as a whole number or as in '20 GB'"
     if name in _SECONDS:

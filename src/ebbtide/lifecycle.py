@@ -22,7 +22,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self
 
@@ -145,7 +145,8 @@ class Lifecycle:
         site: Where the user's code made it, as ``(file, line)``.
 
     Attributes:
-        caches: Bytes that generations under way hold of what the model has seen, by generation.
+        caches: Bytes that generations hold of what the model has seen, by generation: those under
+            way, and those that are kept for a call that begins the same.
         working: Bytes that its calls added to the process and that are not given back yet.
         drowsy: Whether the disposer waits for its calls to end, to have it sleep.
         turn: Held while it goes to sleep or wakes; taken on threads of Ebbtide's own alone.
@@ -192,8 +193,14 @@ class Lifecycle:
 
     @property
     def charged(self) -> int:
-        """Bytes that releasing this should give back: what nobody shares, and working memory."""
-        return self.working + sum(resource.charge for resource in tuple(self.resources))
+        """Bytes that releasing this should give back: what nobody else holds, and caches."""
+        resources = sum(resource.charge for resource in tuple(self.resources))
+        return self.working + resources + self.cached
+
+    @property
+    def cached(self) -> int:
+        """Bytes of the caches of generations under way, and of those that are kept."""
+        return sum(tuple(self.caches.values()))
 
     @property
     def state(self) -> State:
@@ -591,8 +598,3 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def pinned(remains: Iterable[Remains]) -> tuple[str, ...]:
-    """Everything that still pins memory, in words."""
-    return tuple(reason for left in remains for reason in left.pins())

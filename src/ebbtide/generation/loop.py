@@ -67,7 +67,8 @@ def write(
     Rows end one by one, and are filled up with padding until all have. Who stops asking stops it.
 
     Args:
-        steps: The model, which has seen nothing of the prompt yet; it is left open.
+        steps: The model, which has seen nothing of the prompt yet, or how it begins; it is left
+            open.
         prompt: The prompts, left-padded to one length: [rows, tokens].
         config: The options; beams are not looked at.
         token: Stops it from another thread.
@@ -76,7 +77,8 @@ def write(
         ends_text: Which rows end, beside those with an end token.
         without_prompt: The same model for guidance, with all rows that are returned: it is shown
             the prompt's last token alone.
-        draft: Guesses tokens, which the model checks in one step; for a single row.
+        draft: Guesses tokens, which the model checks in one step; for a single row. See
+            `speculation`.
         logprobs: Whether each token's log-probability is wanted.
         clock: Seconds, for ``max_time``.
 
@@ -90,13 +92,13 @@ def write(
     """
     rows = _Rows(prompt, config, processors, last_length, ends_text, logprobs, clock)
     copies = config.num_return_sequences
-    fresh, guess = prompt, np.empty(0, np.int64)
-    behind = prompt[:, -1:]
+    fresh, guess = prompt[:, steps.length :], np.empty(0, np.int64)
+    behind = first = prompt[:, -1:]
     while True:
         token.check()
-        seen = steps.length
+        seen = steps.length + fresh.shape[1] - len(guess)
         logits = steps.forward(fresh, token, last=not len(guess))[:, -1 - len(guess) :]
-        if copies > 1 and seen == 0:
+        if copies > 1 and behind is first:
             again = np.repeat(np.arange(len(prompt)), copies)
             steps.select(again)
             logits, behind = logits[again], behind[again]
@@ -110,7 +112,7 @@ def write(
             if all(written.reasons):
                 return
             if place < len(guess) and written.ids[0] != guess[place]:
-                steps.crop(seen + 1 + place)
+                steps.crop(seen + place)
                 break
         behind = written.ids[:, None]
         guess = np.empty(0, np.int64)
@@ -209,55 +211,3 @@ class _Rows:
     def _note(self, which: NDArray[np.bool_], reason: Reason) -> None:
         for row in np.flatnonzero(which):
             self._reasons[row] = self._reasons[row] or reason
-
-
-class PromptLookup:
-    """Guesses that what came after the same tokens before comes again.
-
-    It costs next to nothing where nothing repeats: a step that checks guesses takes longer than one
-    that does not, so it guesses less while its guesses are wrong.
-
-    Args:
-        most: Tokens of a guess at most.
-        longest: Tokens that have to be the same at most, and then fewer, down to two.
-    """
-
-    def __init__(self, most: int = 10, longest: int = 3) -> None:
-        self._most = most
-        self._longest = longest
-        self._size = float(most)
-        self._guessed = 0
-        self._length = 0
-        self._wait = 0
-
-    def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A guess, from the ids so far."""
-        self._learn(len(ids))
-        self._length = len(ids)
-        self._guessed = 0
-        if self._wait > 0:
-            self._wait -= 1
-            return ids[:0]
-        for size in range(min(self._longest, len(ids) - 1), 1, -1):
-            tail = ids[-size:]
-            where = np.flatnonzero(ids[size - 1 : -1] == tail[-1])
-            for back in range(1, size):
-                where = where[ids[where + size - 1 - back] == tail[-1 - back]]
-            if len(where):
-                start = int(where[-1]) + size
-                guess = ids[start : start + max(1, round(self._size))]
-                self._guessed = len(guess)
-                return guess.copy()
-        return ids[:0]
-
-    def _learn(self, length: int) -> None:
-        """Guess more after what was right to its end, and less after errors."""
-        if not self._guessed:
-            return
-        right = length - self._length - 1
-        if right >= self._guessed:
-            self._size = min(self._most, self._size * 2)
-        else:
-            self._size = max(1.0, (self._size + right) / 2)
-            if right == 0 and self._size <= 1.5:
-                self._wait = 4

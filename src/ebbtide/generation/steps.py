@@ -26,6 +26,14 @@ class Steps(Protocol):
     def length(self) -> int:
         """Tokens of each row that the model has seen, padding included."""
 
+    @property
+    def can_crop(self) -> bool:
+        """Whether tokens can be taken back at little cost."""
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether tokens can be taken back at all."""
+
     def forward(self, ids: Ids, token: CancelToken, *, last: bool = True) -> NDArray[np.float32]:
         """Show the model the next tokens of every row.
 

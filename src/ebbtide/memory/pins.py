@@ -6,7 +6,7 @@ import ctypes
 import gc
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ebbtide.lifecycle import Remains
 
@@ -33,6 +33,11 @@ def leak(native: object) -> None:
     """Make sure that ``native`` is never freed, not even at the interpreter's end."""
     if native is not None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+
+
+def pinned(remains: Iterable[Remains]) -> tuple[str, ...]:
+    """Everything that still pins memory, in words."""
+    return tuple(reason for left in remains for reason in left.pins())
 
 
 class _Pinned:

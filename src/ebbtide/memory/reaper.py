@@ -28,10 +28,10 @@ from ebbtide.lifecycle import (
     SleepRequest,
     State,
     on_fork,
-    pinned,
 )
 from ebbtide.memory.allocator import allocator
 from ebbtide.memory.ledger import Window, activity
+from ebbtide.memory.pins import pinned
 from ebbtide.memory.probe import anonymous_bytes
 from ebbtide.receipts import DisposalReceipt
 
@@ -321,8 +321,9 @@ def _release(life: Lifecycle, *, deep: bool | None = None) -> _Released:
     """
     resources = tuple(life.resources)
     if deep is not None:
-        resources = tuple(one for one in resources if deep or one.kind == "session")
-    result = _Released(life.working + sum(one.charge for one in resources), [], [], [])
+        resources = tuple(one for one in resources if deep or one.kind != "tokenizer")
+    charged = life.working + life.cached + sum(one.charge for one in resources)
+    result = _Released(charged, [], [], [])
     if life.running:
         result.reasons.append(
             f"{len(life.running)} cancelled calls had not ended after {GRACE:.0f} s;"

@@ -18,7 +18,7 @@ from ebbtide.errors import (
     unknown_value,
 )
 from ebbtide.hub import ModelFiles
-from ebbtide.models.chat_tools import schema
+from ebbtide.models.chat_tools import schemas
 
 _FOLDER: Final = "additional_chat_templates"
 _KNOWN: Final = ("tool_use", "rag")
@@ -167,7 +167,7 @@ class ChatTemplate:
             **self._tokens,
             **variables,
             "messages": chat,
-            "tools": _tools(tools),
+            "tools": _plain(schemas(tools)),
             "documents": _documents(documents),
             "add_generation_prompt": bool(add_generation_prompt) and not continue_final_message,
         }
@@ -346,11 +346,3 @@ def _cut(written: str, last: str, model: str) -> str:
             " cannot be continued: pass continue_final_message=False."
         )
     return written[:at] if written.startswith(_MARK, at) else written[:at].rstrip()
-
-
-def _tools(tools: object) -> list[Any] | None:
-    if not tools:
-        return None
-    if not isinstance(tools, list | tuple):
-        raise InputError(f"tools takes a list, not {type(tools).__name__}.")
-    return [_plain(one) if isinstance(one, Mapping) else schema(one) for one in tools]

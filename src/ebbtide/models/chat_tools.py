@@ -73,6 +73,19 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
     return {"type": "function", "function": made}
 
 
+def schemas(tools: object) -> list[Any] | None:
+    """The JSON schemas of tools, which are functions, or schemas already.
+
+    Raises:
+        InputError: They are no list of these.
+    """
+    if not tools:
+        return None
+    if not isinstance(tools, list | tuple):
+        raise InputError(f"tools takes a list, not {type(tools).__name__}.")
+    return [one if isinstance(one, Mapping) else schema(one) for one in tools]
+
+
 def _choices(text: str, key: str, name: str) -> dict[str, Any]:
     found = re.search(r"\(choices:\s*(.*?)\)\s*$", text, re.IGNORECASE)
     if found is None:

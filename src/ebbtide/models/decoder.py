@@ -158,9 +158,19 @@ class Steps:
         return self._seen
 
     @property
+    def size(self) -> int:
+        """Bytes of what is kept of the tokens that were seen."""
+        return self._carry.size
+
+    @property
     def can_crop(self) -> bool:
         """Whether tokens can be taken back at little cost."""
         return isinstance(self._carry, InPlace)
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether tokens can be taken back at all."""
+        return all(one.axis is not None for one in self._model.carried)
 
     def forward(
         self, ids: NDArray[np.int64], token: CancelToken, *, last: bool = True

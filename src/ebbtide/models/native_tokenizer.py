@@ -171,6 +171,16 @@ class NativeTokenizer(Native):
         """The tokens beside the vocabulary, as they are spelled."""
         return [one.content for one in self._native.get_added_tokens_decoder().values()]
 
+    def special(self) -> list[str]:
+        """Those of them that are no text."""
+        added = self._native.get_added_tokens_decoder().values()
+        return [one.content for one in added if one.special]
+
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, with their ids."""
+        found: dict[str, int] = self._native.get_vocab(with_added_tokens=True)
+        return found
+
     def join(self, tokens: Sequence[str]) -> str:
         """The text that these tokens spell."""
         decoder = self._native.decoder

@@ -294,6 +294,20 @@ class Tokenizer:
         """The tokens that stand beside the vocabulary: special ones, and those of languages."""
         return self._native().added()
 
+    @property
+    def cleans(self) -> bool:
+        """Whether spaces before punctuation are taken out of a text."""
+        return self._native().rules.clean_up
+
+    def special(self) -> list[str]:
+        """The tokens that are no text, as they are spelled."""
+        return self._native().special()
+
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether another tokenizer has the same tokens, by the same ids."""
+        one, two = self._native(), other._native()
+        return one is two or one.vocabulary() == two.vocabulary()
+
     def join(self, tokens: Sequence[str]) -> str:
         """The text that these tokens spell."""
         return self._native().join(tokens)

@@ -85,7 +85,8 @@ class PipelineMemory:
         anonymous: Its share: what it took, where something is shared divided by its owners.
         exclusive: What disposing it now would give back: what nobody else owns.
         working: What its calls added and that is not given back yet; part of both.
-        cache: What generations under way hold of what the model has seen; part of both.
+        cache: What generations hold of what the model has seen, under way or kept for a call that
+            begins the same; part of both.
         quiet: Whether every load was measured while nothing else went on in the process.
         holdings: Each native thing that it owns.
     """
@@ -162,10 +163,10 @@ class Pipeline(Disposable):
             if isinstance(resource, Lease) and (holding := resource.holding) is not None
         ]
         shares = sum(one.anonymous // one.owners for one in holdings)
-        cache = sum(tuple(lifecycle.caches.values()))
+        cache = lifecycle.cached
         return PipelineMemory(
             anonymous=shares + lifecycle.working + cache,
-            exclusive=lifecycle.charged + cache,
+            exclusive=lifecycle.charged,
             working=lifecycle.working,
             cache=cache,
             quiet=all(one.quiet for one in holdings),
@@ -395,14 +396,15 @@ def _charged(
     """Run a call, and charge its pipeline for what it adds to the process: two reads of 10 us."""
     lifecycle.wake(token)
     window = activity.begin().measure()
-    size = 0
+    size = -lifecycle.cached
     try:
         result = work(token)
-        size = _size(result)  # the result is the caller's
+        size += _size(result)  # the result is the caller's
         return result
     finally:
         change, quiet = window.close()
         if quiet:
+            size += lifecycle.cached  # what is kept has an account of its own
             lifecycle.working = max(0, lifecycle.working + change - size)
 
 

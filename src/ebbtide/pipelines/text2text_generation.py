@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import UnsupportedModelError
 from ebbtide.generation.loop import Written
-from ebbtide.generation.steps import Steps
+from ebbtide.generation.steps import Ids, Steps
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
 from ebbtide.models.decoder import context_of
@@ -21,17 +21,14 @@ from ebbtide.models.loading import Loaded, LoadOptions
 from ebbtide.models.seq2seq import STEMS, Seq2Seq
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines.generating import (
-    Asked,
-    Generated,
     GeneratingPipeline,
     Piece,
     Shown,
     Streamer,
     Understood,
-    config_of,
-    generate,
     whole,
 )
+from ebbtide.pipelines.writing import Asked, Generated, config_of, generate
 from ebbtide.runtime import Waiting
 
 _FILES: Final = ("generation_config.json",)
@@ -137,11 +134,12 @@ class Text2TextGenerationPipeline(GeneratingPipeline[Source]):
         details: bool = False,
         logprobs: bool = False,
         batch_size: int | None = None,
+        streamer: Streamer | None = None,
         **options: Any,
     ) -> list[Any]:
-        """The same on an event loop."""
+        """The same on an event loop, whose thread tells the streamer."""
         call = self._understood(inputs, skip_special_tokens, details, logprobs, batch_size, options)
-        return self._flat(await self._acall(call), call)
+        return self._flat(await self._acall(call, streamer), call)
 
     def stream(
         self,
@@ -244,7 +242,7 @@ class Text2TextGenerationPipeline(GeneratingPipeline[Source]):
         batch = self.tokenizer.pad_ids(ids)
         encoded = model.encode(batch, token)
 
-        def begin(mask: NDArray[np.int64]) -> Steps:
+        def begin(ids: Ids, mask: NDArray[np.int64]) -> Steps:
             return model.begin(mask, encoded, cache=config.use_cache, held=self._held())
 
         return generate(
@@ -258,7 +256,9 @@ class Text2TextGenerationPipeline(GeneratingPipeline[Source]):
             tell=tell,
         )
 
-    def _result(self, prompt: Source, one: Generated, shown: Shown) -> dict[str, Any]:
+    def _result(
+        self, prompt: Source, before: Sequence[int], one: Generated, shown: Shown
+    ) -> dict[str, Any]:
         text = self.tokenizer.decode(one.ids, skip_special_tokens=not shown.special)
         return {self.key: text} | shown.more(one)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, closing, contextmanager
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -13,24 +13,26 @@ from numpy.typing import NDArray
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError
 from ebbtide.generation.loop import Written
-from ebbtide.generation.steps import Steps
+from ebbtide.generation.speculation import DraftModel
+from ebbtide.generation.steps import Ids, Steps
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
 from ebbtide.models.chat import CHAT_FILES, ChatTemplate
+from ebbtide.models.chat_tools import schemas
 from ebbtide.models.decoder import Decoder, context_of
 from ebbtide.models.loading import Loaded, LoadOptions
+from ebbtide.models.prompt_cache import PromptCache
+from ebbtide.models.replies import formats_of, parse_reply
 from ebbtide.pipelines.generating import (
-    Asked,
-    Generated,
     GeneratingPipeline,
     Piece,
     Shown,
     Streamer,
     Understood,
-    config_of,
-    generate,
     whole,
 )
+from ebbtide.pipelines.inputs import yes_or_no
+from ebbtide.pipelines.writing import Asked, Generated, config_of, generate
 from ebbtide.runtime import Waiting
 
 Message = Mapping[str, Any]
@@ -45,6 +47,9 @@ _OF_CHATS: Final = (
     "continue_final_message",
     "template_options",
 )
+
+BEFORE: Final = 16
+"""Tokens of a prompt that new ones are read after, to become text."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,12 +67,14 @@ class About:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Prompt:
-    """One input, ready: what it was, its text, and how that is tokenised."""
+    """One input, ready: what it was, its text, how that is tokenised, and how replies look."""
 
     given: str | list[dict[str, Any]]
     text: str
     special: bool
     continues: bool = False
+    formats: tuple[str, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
@@ -87,6 +94,8 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
     def __init__(self, lifecycle: Lifecycle, model: Any, about: About) -> None:
         super().__init__(lifecycle, model)
         self._about = about
+        self._kept = PromptCache()
+        lifecycle.resources.append(self._kept)
 
     @classmethod
     def load(
@@ -141,15 +150,23 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
                 dynamically quantised model one.
             streamer: Told of each `Piece` as it is written, on the caller's thread; for one input.
             **options: Of chats: ``tools``, ``documents``, ``chat_template`` (a name or a text),
-                ``continue_final_message``, ``add_generation_prompt``, ``template_options``. Of the
-                generation: all of `ebbtide.generation.GenerationConfig`. ``max_new_tokens`` is 256
-                where the model says nothing.
+                ``continue_final_message``, ``add_generation_prompt``, ``template_options``.
+
+                ``cache_prompt``: keep what the model saw for the next call that begins the same and
+                asks for it too, as the turns of a chat do, until the pipeline sleeps or ends; at
+                most ``settings.prompt_cache_size`` bytes. ``assistant_model``: another
+                text-generation pipeline, smaller and over the same tokens, that guesses ahead.
+
+                Of the generation: all of `ebbtide.generation.GenerationConfig`. ``max_new_tokens``
+                is 256 where the model says nothing.
 
         Returns:
             For one input a list of ``{"generated_text": ...}``, as many as
             ``num_return_sequences``; for a list of inputs a list of such lists. Of a chat the text
-            is its messages with one by the assistant, or without ``return_full_text`` that
-            message's text.
+            is its messages with one by the assistant, whose reasoning and tool calls, where the
+            model's format for them is a known one, are apart from its content, as
+            ``reasoning_content`` and ``tool_calls``; or without ``return_full_text`` all of the
+            text that the model wrote.
 
         Raises:
             InputError: An input cannot be used, options contradict one another, or the prompt is
@@ -171,18 +188,33 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         )
         return self._call(understood, streamer)
 
-    async def acall(self, inputs: Any, **options: Any) -> list[Any]:
-        """The same on an event loop; see `__call__`."""
-        known: dict[str, Any] = {
-            "return_full_text": True,
-            "add_special_tokens": True,
-            "skip_special_tokens": True,
-        }
-        known |= {"details": False, "logprobs": False, "batch_size": None}
-        named = {name: options.pop(name, value) for name, value in known.items()}
-        lookup = options.pop("prompt_lookup_num_tokens", None)
-        understood = self._understood(inputs, lookup=lookup, options=options, **named)
-        return await self._acall(understood)
+    async def acall(
+        self,
+        inputs: str | Chat | Sequence[str] | Sequence[Chat],
+        *,
+        return_full_text: bool = True,
+        add_special_tokens: bool = True,
+        skip_special_tokens: bool = True,
+        details: bool = False,
+        logprobs: bool = False,
+        prompt_lookup_num_tokens: int | None = None,
+        batch_size: int | None = None,
+        streamer: Streamer | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """The same on an event loop, whose thread tells the streamer; see `__call__`."""
+        understood = self._understood(
+            inputs,
+            return_full_text=return_full_text,
+            add_special_tokens=add_special_tokens,
+            skip_special_tokens=skip_special_tokens,
+            details=details,
+            logprobs=logprobs,
+            lookup=prompt_lookup_num_tokens,
+            batch_size=batch_size,
+            options=options,
+        )
+        return await self._acall(understood, streamer)
 
     def stream(
         self,
@@ -267,6 +299,9 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         of_chats: dict[str, Any] = {
             name: options.pop(name) for name in _OF_CHATS if name in options
         }
+        options = dict(options)
+        cached = yes_or_no("cache_prompt", options.pop("cache_prompt", False))
+        assistant = self._checked(options.pop("assistant_model", None))
         given, alone = _inputs(inputs)
         prompts = [self._prompt(one, add_special_tokens, of_chats) for one in given]
         if of_chats and any(isinstance(one.given, str) for one in prompts):
@@ -275,13 +310,38 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
                 " messages with role and content, or leave them out."
             )
         config = config_of(self._about.defaults, self.tokenizer.pad_id, options)
+        single = "assistant_model" if assistant else "cache_prompt" if cached else ""
+        if single and (config.num_beams > 1 or config.num_return_sequences > 1):
+            raise InputError(
+                f"{single} is for one sequence of each prompt: leave it out, or num_beams and"
+                " num_return_sequences."
+            )
+        lookup = whole("prompt_lookup_num_tokens", lookup, 0)
         return Understood(
             prompts,
             alone,
-            Asked(config, logprobs, whole("prompt_lookup_num_tokens", lookup, 0)),
+            Asked(config, logprobs, lookup, cache_prompt=cached, assistant=assistant),
             Shown(full_text=return_full_text, special=not skip_special_tokens, details=details),
-            whole("batch_size", batch_size, 1) or self._rows_together,
+            1 if single else whole("batch_size", batch_size, 1) or self._rows_together,
         )
+
+    def _checked(self, assistant: object) -> TextGenerationPipeline | None:
+        """An assistant that can be used."""
+        if assistant is None:
+            return None
+        if not isinstance(assistant, TextGenerationPipeline) or assistant is self:
+            raise InputError(
+                "assistant_model takes another text-generation pipeline, not"
+                f" {'this one' if assistant is self else repr(assistant)}.",
+                value=assistant,
+            )
+        if not self.tokenizer.has_tokens_of(assistant.tokenizer):
+            raise InputError(
+                f"{assistant.model!r} has other tokens than {self.model!r}, so its guesses mean"
+                " nothing here: take a smaller model of the same family.",
+                value=assistant,
+            )
+        return assistant
 
     def _prompt(self, one: str | Chat, special: bool, of_chats: Mapping[str, Any]) -> _Prompt:
         if isinstance(one, str):
@@ -290,10 +350,13 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         options = dict(of_chats)
         more = options.pop("template_options", None) or {}
         continues = bool(options.get("continue_final_message"))
+        template = options.pop("chat_template", None)
+        tools = tuple(schemas(options.pop("tools", None)) or ())
         text = self._about.chat.render(
-            messages, template=options.pop("chat_template", None), **options, **more
+            messages, template=template, tools=tools or None, **options, **more
         )
-        return _Prompt(messages, text, False, continues)
+        formats = formats_of(self._about.chat.text(template, tools=bool(tools)))
+        return _Prompt(messages, text, False, continues, formats, tools)
 
     def _ids(self, prompt: _Prompt) -> list[int]:
         return self.tokenizer.prompt(prompt.text, add_special_tokens=prompt.special)
@@ -305,25 +368,93 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         token: CancelToken,
         tell: Callable[[Written], object],
     ) -> list[list[Generated]]:
-        model: Decoder = self._model  # type: ignore[assignment]
+        model, cached = self._decoder, asked.cache_prompt and asked.config.use_cache
 
-        def begin(mask: NDArray[np.int64]) -> Steps:
-            return model.begin(mask, cache=asked.config.use_cache, held=self._held())
+        def begin(ids: Ids, mask: NDArray[np.int64]) -> Steps:
+            kept = self._kept.take(ids[0]) if cached and mask.all() else None
+            return kept or model.begin(mask, cache=asked.config.use_cache, held=self._held())
 
-        context = context_of(model.config)
-        return generate(begin, ids, asked, self.tokenizer, token, context=context, tell=tell)
+        def ended(steps: Any, seen: NDArray[np.int64] | None) -> None:
+            if cached and seen is not None:
+                self._kept.keep(steps, seen)
+            else:
+                steps.close()
 
-    def _result(self, prompt: _Prompt, one: Generated, shown: Shown) -> dict[str, Any]:
-        text: Any = self.tokenizer.decode(one.ids, skip_special_tokens=not shown.special)
+        with ExitStack() as stack:
+            draft = None
+            if asked.assistant is not None:
+                draft = stack.enter_context(asked.assistant.guesses(token))
+            return generate(
+                begin,
+                ids,
+                asked,
+                self.tokenizer,
+                token,
+                context=context_of(model.config),
+                draft=draft,
+                ended=ended,
+                tell=tell,
+            )
+
+    @property
+    def _decoder(self) -> Decoder:
+        return self._model  # type: ignore[return-value]
+
+    @contextmanager
+    def guesses(self, token: CancelToken) -> Iterator[DraftModel]:
+        """This model as one that guesses for another, for one generation; on a native thread.
+
+        Raises:
+            PipelineDisposedError: It is disposed.
+        """
+        lifecycle = self._lifecycle
+        try:
+            lifecycle.enter(token)
+            lifecycle.wake(token)
+            steps = self._decoder.begin(np.ones((1, 0), np.int64), held=self._held())
+            with closing(steps):
+                yield DraftModel(steps, token)
+        finally:
+            lifecycle.leave(token)
+
+    def _before(self, ids: Sequence[int]) -> Sequence[int]:
+        return ids[-BEFORE:]
+
+    def _result(
+        self, prompt: _Prompt, before: Sequence[int], one: Generated, shown: Shown
+    ) -> dict[str, Any]:
+        skip, before = not shown.special, before[-BEFORE:]
+        # A token that begins a text may lose its space, so it is read after those before it.
+        text: Any = self.tokenizer.decode([*before, *one.ids], skip_special_tokens=skip)
+        text = text[len(self.tokenizer.decode(before, skip_special_tokens=skip)) :]
         if shown.full_text:
             if isinstance(prompt.given, str):
                 text = prompt.given + text
             elif prompt.continues:
-                *before, last = prompt.given
-                text = [*before, {**last, "content": last["content"] + text}]
+                *first, last = prompt.given
+                text = [*first, {**last, "content": last["content"] + text}]
             else:
-                text = [*prompt.given, {"role": "assistant", "content": text}]
+                text = [*prompt.given, {"role": "assistant", **self._said(prompt, one, text)}]
         return {"generated_text": text} | shown.more(one)
+
+    def _said(self, prompt: _Prompt, one: Generated, text: str) -> dict[str, Any]:
+        """What the assistant said, its reasoning and calls apart from its content."""
+        tokenizer, ids = self.tokenizer, one.ids
+        if one.reason == "stop" and not tokenizer.decode(ids[-1:]):
+            ids = ids[:-1]
+        written = tokenizer.decode(ids, skip_special_tokens=False)
+        reply = parse_reply(written, prompt.formats, prompt=prompt.text, tools=prompt.tools)
+        if not reply.reasoning and not reply.tool_calls:
+            return {"content": text}
+        content = reply.content
+        for special in tokenizer.special():
+            content = content.replace(special, "")
+        said: dict[str, Any] = {"content": content}
+        if reply.reasoning:
+            said["reasoning_content"] = reply.reasoning
+        if reply.tool_calls:
+            said["tool_calls"] = list(reply.tool_calls)
+        return said
 
 
 def _inputs(inputs: object) -> tuple[list[str | Chat], bool]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from ebbtide.cancellation import CancelToken
-from ebbtide.errors import InputError
+from ebbtide.errors import UnsupportedModelError
 from ebbtide.runtime.session import value_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Carry(abc.ABC):
         """Forget what was carried after so many places.
 
         Raises:
-            InputError: There is a state that has no places.
+            UnsupportedModelError: There is a state that has no places.
         """
 
     @abc.abstractmethod
@@ -140,7 +140,9 @@ class Passed(Carry):
     def select(self, rows: NDArray[np.int64]) -> None:
         """Go on with these rows, in this order."""
         for name, value in tuple(self._values.items()):
-            self._put(name, np.from_dlpack(value)[rows])
+            array = np.from_dlpack(value)
+            each = array.shape[0] // self._rows  # some have a row a head
+            self._put(name, array[(rows[:, None] * each + np.arange(each)).reshape(-1)])
         self._rows = len(rows)
 
     def crop(self, places: int) -> None:
@@ -148,7 +150,7 @@ class Passed(Carry):
         moving = [one for one in self._carried if not one.once]
         for one in moving:
             if one.axis is None:
-                raise _no_places(one.input)
+                raise _no_places(one.input, str(self._graph.path))
         for one in moving:
             array = np.from_dlpack(self._values[one.input])
             if array.shape[one.axis] > places:  # type: ignore[index]
@@ -223,9 +225,9 @@ class InPlace(Carry):
         self._arrays.clear()
 
 
-def _no_places(name: str) -> InputError:
-    return InputError(
+def _no_places(name: str, model: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"The model keeps a state ({name}) that cannot be taken back by tokens: generate without"
         " speculation and without a shared beginning.",
-        value=name,
+        model=model,
     )
