@@ -83,7 +83,11 @@ def test_without_a_cache_the_same_is_written(kind: str) -> None:
                 assert_equal(rows, case)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TYPES if is_causal(kind)])
+STATES = {"lfm2", "granitemoehybrid"}
+"""Types with states that cannot be taken back: see tests/pipelines/test_text_generation.py."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if is_causal(kind) and kind not in STATES])
 def test_guesses_from_the_prompt_change_nothing(kind: str) -> None:
     with load(kind) as pipe:
         for case in golden(kind)["cases"]:

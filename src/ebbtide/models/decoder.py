@@ -181,14 +181,32 @@ class Steps:
         if not self._keeps:
             return self._whole(ids, token, last)
         part = new
+        most = max(LEAST_PART, LOGITS_AT_ONCE // (rows * self._width()))
         if last and not self._is_ragged():
-            width = self._width()
-            part = max(LEAST_PART, LOGITS_AT_ONCE // max(1, rows * width))
+            part = most
+        elif last and new > most:
+            return self._one_by_one(ids, token)
         logits: NDArray[np.float32] = np.empty((rows, 0, 0), np.float32)
         for start in range(0, new, part):
             token.check()
             logits = self._run(ids[:, start : start + part], token, last)
         return logits
+
+    def _one_by_one(self, ids: NDArray[np.int64], token: CancelToken) -> NDArray[np.float32]:
+        """Show the model one prompt after another: several cannot be shown to it in parts."""
+        assert isinstance(self._carry, InPlace)
+        logits, parts = [], []
+        for row, count in enumerate(self._mask.sum(axis=1)):
+            own = slice(row, row + 1)
+            fixed = {name: array[own] for name, array in self._fixed.items()}
+            mask = self._mask[own, -count:]
+            steps = Steps(self._model, mask, cache=True, held=int, fixed=fixed)
+            logits.append(steps.forward(ids[own, -count:], token))
+            parts.append(steps._carry)
+        self._carry.join(parts)
+        self._seen = ids.shape[1]
+        self._held(self._carry.size)
+        return np.concatenate(logits)
 
     def _width(self) -> int:
         if "num_logits_to_keep" in self._model.inputs:

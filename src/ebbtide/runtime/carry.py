@@ -201,6 +201,19 @@ class InPlace(Carry):
             self._arrays[one.input] = new
         self._room, self._rows = room, len(rows)
 
+    def join(self, rows: Sequence[Carry]) -> None:
+        """Go on with what these carry, each a row, and give them up."""
+        parts = [one for one in rows if isinstance(one, InPlace)]
+        self._room = max(one._room for one in parts)
+        self._filled = max(one._filled for one in parts)
+        for one in self._carried:
+            whole = one.zeros(len(parts), self._room)
+            for row, part in enumerate(parts):
+                array = part._arrays.pop(one.input)
+                whole[row : row + 1][one.first(part._filled)] = array[one.first(part._filled)]
+            self._arrays[one.input] = whole
+        self._rows = len(parts)
+
     def run(
         self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
     ) -> list[NDArray[Any]]:
