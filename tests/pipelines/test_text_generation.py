@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -398,3 +399,40 @@ def test_scores_and_logits_are_given_where_they_are_asked_for(write: Any) -> Non
     )  # fmt: skip
     assert len(found["scores"]) == len(found["logits"]) == len(found["token_ids"])
     np.testing.assert_allclose(found["scores"][0], found["logits"][0] / 0.5, rtol=1e-5)
+
+
+# A given form
+
+
+def test_a_text_has_the_form_that_was_asked_for_and_what_it_says_is_given(write: Any) -> None:
+    for prompt in ([PROMPT], [PROMPT, "Boats", "The sea is deep"]):
+        for [found] in write(prompt, structured=["ebb", "flood"], return_full_text=False):
+            assert found["parsed"] in ("ebb", "flood")
+            assert found["generated_text"].strip() == found["parsed"]
+    schema = {
+        "type": "object",
+        "properties": {"high": {"type": "boolean"}},
+        "required": ["high"],
+        "additionalProperties": False,
+    }
+    for options in ({}, {"num_beams": 3}, {"do_sample": True, "seed": 1, "temperature": 9.0}):
+        [found] = write(PROMPT, structured=schema, max_new_tokens=200, **options)
+        assert found["parsed"] in ({"high": True}, {"high": False})
+    [cut] = write(PROMPT, structured=schema, max_new_tokens=2)
+    assert cut["parsed"] is None
+    assert "parsed" not in write(PROMPT, max_new_tokens=2)[0]
+
+
+def test_a_form_streams_and_its_tokens_are_the_pipelines_memory(write: Any) -> None:
+    pieces = write.stream(PROMPT, structured=re.compile("[0-9]{3}"))
+    assert re.fullmatch("[0-9]{3}", "".join(map(str, pieces)).strip())
+    assert "structured" in [one.kind for one in write.memory.holdings]
+    write.sleep()
+    assert write(PROMPT, structured=["ebb"])[0]["parsed"] == "ebb"
+    assert write.dispose().reasons == ()
+
+
+def test_a_form_that_cannot_be_used_says_what_to_change(write: Any) -> None:
+    for wrong in (3, [], {"jsonschema": {}}, {"type": "objekt"}, {"grammar": "start: ("}):
+        with pytest.raises(InputError):
+            write(PROMPT, structured=wrong)

@@ -38,7 +38,11 @@ _GREATEST: Final = float(np.finfo(np.float32).max)
 
 
 def processors(
-    config: GenerationConfig, *, prompt_length: int, encoder_ids: Ids | None = None
+    config: GenerationConfig,
+    *,
+    prompt_length: int,
+    encoder_ids: Ids | None = None,
+    of_form: Sequence[Processor] = (),
 ) -> list[Processor]:
     """The processors that a configuration asks for, in the order in which `transformers` has them.
 
@@ -49,12 +53,14 @@ def processors(
         config: The options.
         prompt_length: Tokens of each row before the first new one.
         encoder_ids: What the encoder read, or the prompt of a model without one: [inputs, length].
+        of_form: Those that let nothing through but a text of a given form.
 
     Raises:
         InputError: An option is about the input's tokens, and there are none.
     """
     found = _of_tokens(config, encoder_ids)
     found += _of_ends(config, prompt_length)
+    found += of_form
     found += [partial(of_caller, function=one) for one in config.logits_processor]
     if config.do_sample:
         found += _of_sampling(config)

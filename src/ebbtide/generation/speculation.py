@@ -45,8 +45,10 @@ class PromptLookup:
             for back in range(1, size):
                 where = where[ids[where + size - 1 - back] == tail[-1 - back]]
             if len(where):
-                start = int(where[-1]) + size
-                guess = ids[start : start + max(1, round(self._size))]
+                most, starts = max(1, round(self._size)), where + size
+                long = starts[starts + most <= len(ids)]
+                start = int(long[-1] if len(long) else starts[0])
+                guess = ids[start : start + most]
                 self._guessed = len(guess)
                 return guess.copy()
         return ids[:0]

@@ -26,9 +26,8 @@ class Steps(Protocol):
     def length(self) -> int:
         """Tokens of each row that the model has seen, padding included."""
 
-    @property
-    def can_crop(self) -> bool:
-        """Whether tokens can be taken back at little cost."""
+    def may_guess(self, token: CancelToken) -> bool:
+        """Whether a wrong guess costs little, and guesses change nothing that is written."""
 
     @property
     def takes_back(self) -> bool:

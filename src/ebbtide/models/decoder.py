@@ -68,6 +68,7 @@ class Decoder:
         self._session = loaded.sessions[stem]
         self._fixed = fixed
         self._label = loaded.label
+        self._exact: bool | None = None
         self.inputs = {one.name: one for one in value.inputs}
         self.carried = carried_by(value, self.config, self.name)
         self.in_place = (
@@ -100,6 +101,31 @@ class Decoder:
         if session is None:
             raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
         return session
+
+    @property
+    def mixes_lengths(self) -> bool:
+        """Whether prompts of several lengths may run together.
+
+        A state, as of a convolution, may take in padding too: that depends on the export.
+        """
+        return all(one.axis is not None for one in self.carried)
+
+    def is_exact(self, token: CancelToken) -> bool:
+        """Whether two tokens give in one run what they give in two; tried once, with a few runs.
+
+        A quantised graph may have other kernels for one token than for several.
+        """
+        if self._exact is None:
+            found = []
+            for parts in (((0, 1),), ((0,), (1,))):
+                steps = self.begin(np.ones((1, 2), np.int64))
+                for part in parts:
+                    logits = steps.forward(np.array([part]), token)
+                steps.close()
+                found.append(logits)
+            one, two = found
+            self._exact = bool(np.allclose(one, two, rtol=1e-3, atol=1e-3))
+        return self._exact
 
     @property
     def shares_scales(self) -> bool:
@@ -149,7 +175,7 @@ class Steps:
         self._carry = self._new_carry(len(mask))
 
     def _new_carry(self, rows: int) -> Carry:
-        kind = InPlace if self._model.in_place and self._keeps else Passed
+        kind = InPlace if self._model.in_place else Passed
         return kind(self._model.graph, self._model.carried, rows)
 
     @property
@@ -162,10 +188,9 @@ class Steps:
         """Bytes of what is kept of the tokens that were seen."""
         return self._carry.size
 
-    @property
-    def can_crop(self) -> bool:
-        """Whether tokens can be taken back at little cost."""
-        return isinstance(self._carry, InPlace)
+    def may_guess(self, token: CancelToken) -> bool:
+        """Whether a wrong guess costs little, and guesses change nothing that is written."""
+        return isinstance(self._carry, InPlace) and self._model.is_exact(token)
 
     @property
     def takes_back(self) -> bool:
@@ -230,8 +255,7 @@ class Steps:
         self._ids = np.concatenate([self._ids, ids], axis=1)
         self._carry = self._new_carry(len(ids))
         self._seen = 0
-        logits = self._run(self._ids, token, last=False)
-        return logits[:, -1:] if last else logits[:, -new:]
+        return self._run(self._ids, token, last)[:, -new:]
 
     def _run(self, ids: NDArray[np.int64], token: CancelToken, last: bool) -> NDArray[np.float32]:
         """One run.
@@ -252,11 +276,13 @@ class Steps:
         self._seen = total
         self._held(self._carry.size)
         found: NDArray[np.float32] = logits.astype(np.float32, copy=False)
-        if not last:
-            return found
         if moved and first and found.shape[1] > 1:
-            found = found[np.arange(len(ids)), counts - 1][:, None]
-        return found[:, -1:]
+            if last:
+                newest: NDArray[np.float32] = found[np.arange(len(ids)), counts - 1][:, None]
+                return newest
+            for row, count in zip(found, counts, strict=True):
+                row[total - count :] = row[:count].copy()
+        return found[:, -1:] if last else found
 
     def _feeds(
         self,

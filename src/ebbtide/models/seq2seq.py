@@ -47,6 +47,8 @@ class Seq2Seq:
             )
         self._inputs = {one.name: one.dtype for one in value.inputs}
 
+    mixes_lengths = True
+
     @property
     def shares_scales(self) -> bool:
         """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
@@ -114,4 +116,8 @@ class Seq2Seq:
         """A text's ids with the token of its language in place of the one the tokenizer adds."""
         known = {self.tokenizer.token_id(one) for one in self.tokenizer.added()
                  if _LANGUAGE.fullmatch(one)}  # fmt: skip
-        return [language if one in known else one for one in ids]
+        last = len(ids) - 2  # before an end token, or after it; in between they are the text's
+        return [
+            language if one in known and (not place or place >= last) else one
+            for place, one in enumerate(ids)
+        ]

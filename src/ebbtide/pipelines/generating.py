@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any, Final, Generic, TypeVar
 
@@ -184,10 +184,8 @@ class GeneratingPipeline(Pipeline, Generic[PromptT]):
     def _write(self, call: Understood[PromptT], token: CancelToken) -> list[list[Any]]:
         """The results of all prompts; on a native thread."""
         ids = [self._ids(one) for one in call.prompts]
-        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         results: list[list[Any]] = [[]] * len(ids)
-        for first in range(0, len(order), call.size):
-            some = order[first : first + call.size]
+        for some in self._together(ids, call.size):
             rows = self._generate(
                 [ids[number] for number in some], call.asked, token, lambda written: None
             )
@@ -195,6 +193,18 @@ class GeneratingPipeline(Pipeline, Generic[PromptT]):
                 prompt, before = call.prompts[number], ids[number]
                 results[number] = [self._result(prompt, before, one, call.shown) for one in found]
         return results
+
+    def _together(self, ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+        """The numbers of the prompts that are written on together: of about one length."""
+        model: Any = self._model
+        mixes, some = model.mixes_lengths, list[int]()
+        for number in sorted(range(len(ids)), key=lambda number: len(ids[number])):
+            apart = some and not mixes and len(ids[some[0]]) != len(ids[number])
+            if len(some) == size or apart:
+                yield some
+                some = []
+            some.append(number)
+        yield some
 
     def _pieces(self, call: Understood[PromptT], results: list[Any]) -> Telling[Piece]:
         """Work that tells each piece, and leaves the results at its end."""

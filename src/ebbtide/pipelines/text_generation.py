@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, closing, contextmanager
+from itertools import chain
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -17,12 +18,15 @@ from ebbtide.generation.speculation import DraftModel
 from ebbtide.generation.steps import Ids, Steps
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
+from ebbtide.memory.ledger import Lease
 from ebbtide.models.chat import CHAT_FILES, ChatTemplate
 from ebbtide.models.chat_tools import schemas
 from ebbtide.models.decoder import Decoder, context_of
 from ebbtide.models.loading import Loaded, LoadOptions
 from ebbtide.models.prompt_cache import PromptCache
 from ebbtide.models.replies import formats_of, parse_reply
+from ebbtide.models.structured import Structure, Vocabulary
+from ebbtide.models.structured_form import Form
 from ebbtide.pipelines.generating import (
     GeneratingPipeline,
     Piece,
@@ -94,6 +98,7 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
     def __init__(self, lifecycle: Lifecycle, model: Any, about: About) -> None:
         super().__init__(lifecycle, model)
         self._about = about
+        self._words: Lease[Vocabulary] | None = None
         self._kept = PromptCache()
         lifecycle.resources.append(self._kept)
 
@@ -156,6 +161,10 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
                 asks for it too, as the turns of a chat do, until the pipeline sleeps or ends; at
                 most ``settings.prompt_cache_size`` bytes. ``assistant_model``: another
                 text-generation pipeline, smaller and over the same tokens, that guesses ahead.
+                ``structured``: the form that each text has, whatever the model would say: a
+                pydantic model, a JSON schema, a list of choices, a compiled pattern, or a map such
+                as ``{"grammar": ...}`` (see `ebbtide.models.structured_form`); the result then has
+                what the text says as ``parsed``. It needs the extra ``structured``.
 
                 Of the generation: all of `ebbtide.generation.GenerationConfig`. ``max_new_tokens``
                 is 256 where the model says nothing.
@@ -301,6 +310,8 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         }
         options = dict(options)
         cached = yes_or_no("cache_prompt", options.pop("cache_prompt", False))
+        structured = options.pop("structured", None)
+        form = None if structured is None else Form.of(structured)
         assistant = self._checked(options.pop("assistant_model", None))
         given, alone = _inputs(inputs)
         prompts = [self._prompt(one, add_special_tokens, of_chats) for one in given]
@@ -320,7 +331,7 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         return Understood(
             prompts,
             alone,
-            Asked(config, logprobs, lookup, cache_prompt=cached, assistant=assistant),
+            Asked(config, logprobs, lookup, cache_prompt=cached, assistant=assistant, form=form),
             Shown(full_text=return_full_text, special=not skip_special_tokens, details=details),
             1 if single else whole("batch_size", batch_size, 1) or self._rows_together,
         )
@@ -384,7 +395,10 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
             draft = None
             if asked.assistant is not None:
                 draft = stack.enter_context(asked.assistant.guesses(token))
-            return generate(
+            structure = None
+            if asked.form is not None:
+                structure = Structure(asked.form, self._vocabulary(token))
+            found = generate(
                 begin,
                 ids,
                 asked,
@@ -392,9 +406,26 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
                 token,
                 context=context_of(model.config),
                 draft=draft,
+                structure=structure,
                 ended=ended,
                 tell=tell,
             )
+            if structure is not None:
+                for one in chain.from_iterable(found):
+                    one.parsed = (structure.parse(self.tokenizer.decode(one.ids)),)
+            return found
+
+    def _vocabulary(self, token: CancelToken) -> Vocabulary:
+        """The tokens as forms need them, made with the first call that asks for one."""
+        lease = self._words
+        if lease is None:
+            lease = Vocabulary.acquire(self.tokenizer, token)
+            self._lifecycle.own(lease)
+            self._words = lease
+        value = lease.value
+        if value is None:
+            raise self._lifecycle.refusal()
+        return value
 
     @property
     def _decoder(self) -> Decoder:
@@ -435,7 +466,8 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
                 text = [*first, {**last, "content": last["content"] + text}]
             else:
                 text = [*prompt.given, {"role": "assistant", **self._said(prompt, one, text)}]
-        return {"generated_text": text} | shown.more(one)
+        parsed = {"parsed": one.parsed[0]} if one.parsed else {}
+        return {"generated_text": text} | parsed | shown.more(one)
 
     def _said(self, prompt: _Prompt, one: Generated, text: str) -> dict[str, Any]:
         """What the assistant said, its reasoning and calls apart from its content."""

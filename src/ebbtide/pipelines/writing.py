@@ -19,6 +19,8 @@ from ebbtide.generation.loop import Draft, Reason, Written, write
 from ebbtide.generation.processors import Processor, processors
 from ebbtide.generation.speculation import PromptLookup
 from ebbtide.generation.steps import Ids, Steps
+from ebbtide.models.structured import Structure
+from ebbtide.models.structured_form import Form
 from ebbtide.models.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS: Final = 256
@@ -46,6 +48,7 @@ class Generated:
         score: A beam's score.
         scores: The processed scores of each step, if asked for: [vocabulary] each.
         logits: The model's own, if asked for.
+        parsed: What a text of a given form says; None where no form was asked for.
     """
 
     ids: list[int]
@@ -54,6 +57,7 @@ class Generated:
     score: float | None = None
     scores: list[NDArray[np.float32]] | None = None
     logits: list[NDArray[np.float32]] | None = None
+    parsed: tuple[Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Asked:
         lookup: How many tokens are guessed from the prompt at most; 0 for none, None where it pays.
         cache_prompt: Whether what the model saw is kept for a call that begins the same.
         assistant: A pipeline that guesses ahead.
+        form: The form of each text.
     """
 
     config: GenerationConfig
@@ -73,6 +78,7 @@ class Asked:
     lookup: int | None = None
     cache_prompt: bool = False
     assistant: Any = None
+    form: Form | None = None
 
 
 def generate(
@@ -85,6 +91,7 @@ def generate(
     context: int | None,
     read: Ids | None = None,
     draft: Draft | None = None,
+    structure: Structure | None = None,
     ended: Ended = lambda steps, ids: steps.close(),
     tell: Callable[[Written], object] = lambda written: None,
 ) -> list[list[Generated]]:
@@ -99,6 +106,7 @@ def generate(
         context: Tokens that the model can take.
         read: What an encoder has read, where there is one: [prompts, tokens].
         draft: Guesses tokens; for one prompt. None: they are looked up, as asked.
+        structure: The form that each text has.
         ended: Takes what the generation kept, however it ended.
         tell: Told of each token; not in a beam search, which knows them at its end.
 
@@ -119,7 +127,12 @@ def generate(
     last_length = config.last_length(width)
     if context is not None:
         last_length = min(last_length, context)
-    changes = processors(config, prompt_length=width, encoder_ids=ids if read is None else read)
+    form: list[Processor] = []
+    if structure is not None:
+        form.append(structure.begin(prompt_length=width, eos=config.eos_token_id))
+    changes = processors(
+        config, prompt_length=width, encoder_ids=ids if read is None else read, of_form=form
+    )
     ends_text = _ending(config.stop_strings, tokenizer, width)
     steps = begin(ids, mask)
     rows = _Rows(len(ids), config)
@@ -128,7 +141,7 @@ def generate(
         if config.num_beams > 1:
             return _searched(steps, ids, config, changes, last_length, ends_text, token)
         if draft is None and asked.lookup != 0:
-            draft = _looked_up(steps, asked.lookup)
+            draft = _looked_up(steps, asked.lookup, token)
         with _without_prompt(begin, ids, config) as without:
             for written in write(
                 steps,
@@ -153,10 +166,10 @@ def generate(
         ended(steps, rows.only(prompts[0]) if sound else None)
 
 
-def _looked_up(steps: Steps, most: int | None) -> Draft | None:
-    """What guesses from the prompt; where nothing is said, only if a wrong guess costs little."""
+def _looked_up(steps: Steps, most: int | None, token: CancelToken) -> Draft | None:
+    """What guesses from the prompt; if nothing is said, only where it pays and changes nothing."""
     if most is None:
-        return PromptLookup() if steps.can_crop else None
+        return PromptLookup() if steps.may_guess(token) else None
     if not steps.takes_back:
         raise InputError(
             "The model keeps a state that cannot be taken back, and so no tokens can be guessed:"
