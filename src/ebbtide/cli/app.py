@@ -143,6 +143,54 @@ def _run(
     run(task, words or [], ctx.obj or [], model=model, options=options, as_json=as_json)
 
 
+_CHAT_HELP = """Talk with a model: its answers come as they are written.
+
+On a terminal, /help lists the commands, Ctrl-C stops an answer, and Ctrl-D ends the chat. From a \
+pipe, each line is a message; the answers go to standard output.
+
+Options of a generation go along as --KEY VALUE, and `ebbtide tasks` lists them. An answer has at \
+most 1024 tokens, unless --max-new-tokens says something else.
+
+Example: ebbtide chat --system "Answer in one sentence." --temperature 0.7
+"""
+
+
+@app.command(
+    "chat",
+    context_settings={"ignore_unknown_options": True},
+    help=_CHAT_HELP,
+    short_help="Talk with a model.",
+    options_metavar="[OPTIONS] [--KEY VALUE]",
+)
+def _chat(
+    words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, an installed model's name, or an id.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told before all else.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Which of its files: fp32, fp16, q8, int8, q4 ...")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, dml, coreml or auto.")] = "cpu",
+    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
+    prepare: Annotated[
+        str | None,
+        typer.Option(help="Its prepared copy: background, now (wait for it) or off (make none)."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON line an answer, and nothing else.")
+    ] = False,
+) -> None:
+    """Talk with a model."""
+    from ebbtide.cli.chat import chat
+
+    _own_the_process()
+    options: Any = {"dtype": dtype, "device": device, "revision": revision, "prepare": prepare}
+    chat(words or [], model=model, system=system, options=options, as_json=as_json)
+
+
 @app.command("tasks")
 def _tasks(as_json: Json = False) -> None:
     """List the tasks, their options, and the installed models."""
