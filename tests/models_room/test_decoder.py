@@ -341,7 +341,6 @@ def faked(
         tuple(TensorInfo(name, "float32", ("n", "t", 4)) for name in outputs),
         lambda feeds: {},
     )
-    fake.writes_in_place = False  # type: ignore[attr-defined]
     lease: Lease[Any] = ledger.acquire(object(), "session", lambda: fake, TOKEN)
     config = ModelConfig("llama", None, None, None, False, None, dict(raw))
     try:

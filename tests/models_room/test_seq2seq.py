@@ -195,13 +195,11 @@ def test_after_the_model_was_given_back_nothing_is_read() -> None:
 @contextmanager
 def faked(encoder_gives: str, dtype: str = "fp32") -> Iterator[Loaded]:
     def fake(inputs: Sequence[str], output: str) -> FakeSession:
-        made = FakeSession(
+        return FakeSession(
             tuple(TensorInfo(name, "int64", ("n", "t")) for name in inputs),
             (TensorInfo(output, "float32", ("n", "t", 4)),),
             lambda feeds: {},
         )
-        made.writes_in_place = False  # type: ignore[attr-defined]
-        return made
 
     sessions = {
         STEMS[0]: fake(["input_ids", "attention_mask"], encoder_gives),

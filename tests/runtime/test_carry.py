@@ -20,7 +20,7 @@ from ebbtide.runtime.session import value_of
 if TYPE_CHECKING:
     from tests.conftest import FreshProcess
 
-    from ebbtide.runtime.graph import GraphSession
+    from ebbtide.runtime.graph import Runs
 
 TOKEN = CancelToken("test")
 KEY = Carried("past.key", "present.key", "float32", (1, 2, 1, 3), 2)
@@ -92,11 +92,11 @@ class Graph:
 
 
 def passed(graph: Graph, carried: Sequence[Carried], rows: int) -> Passed:
-    return Passed(cast("GraphSession", graph), carried, rows)
+    return Passed(cast("Runs", graph), carried, rows)
 
 
 def in_place(graph: Graph, rows: int, carried: Sequence[Carried] = (KEY,)) -> InPlace:
-    return InPlace(cast("GraphSession", graph), carried, rows)
+    return InPlace(cast("Runs", graph), carried, rows)
 
 
 def run(carry: Carry, ids: list[list[int]], total: int = 0) -> NDArray[Any]:
@@ -332,7 +332,7 @@ graph = lease.value
 carried = carried_by(graph, ModelConfig.read(ModelFiles(NAME, folder)), NAME)
 
 def run(rows, places):
-    carry = KIND(graph, carried, rows)
+    carry = KIND(graph.begin(token), carried, rows)
     for place in range(places):
         feeds = {
             "input_ids": np.full((rows, 1), 5),

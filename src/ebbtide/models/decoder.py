@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -67,14 +68,12 @@ class Decoder:
         self.dtype = loaded.dtype
         self._session = loaded.sessions[stem]
         self._fixed = fixed
-        self._label = loaded.label
-        self._exact: bool | None = None
+        self.label = loaded.label
+        self._exact: tuple[object, bool] | None = None
         self.inputs = {one.name: one for one in value.inputs}
         self.carried = carried_by(value, self.config, self.name)
-        self.in_place = (
-            bool(self.carried)
-            and all(one.axis == 2 and len(one.shape) == 4 for one in self.carried)
-            and value.writes_in_place
+        self.has_buffers = bool(self.carried) and all(
+            one.axis == 2 and len(one.shape) == 4 for one in self.carried
         )
         self._check()
 
@@ -99,7 +98,7 @@ class Decoder:
         """
         session = self._session.value
         if session is None:
-            raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
+            raise PipelineDisposedError(f"{self.label} was disposed.", pipeline=self.label)
         return session
 
     @property
@@ -110,22 +109,25 @@ class Decoder:
         """
         return all(one.axis is not None for one in self.carried)
 
-    def is_exact(self, token: CancelToken) -> bool:
+    def is_exact(self, source: object, token: CancelToken) -> bool:
         """Whether two tokens give in one run what they give in two; tried once, with a few runs.
 
         A quantised graph may have other kernels for one token than for several.
+
+        Args:
+            source: What a generation runs on.
+            token: Stops it.
         """
-        if self._exact is None:
+        if self._exact is None or self._exact[0] is not source:
             found = []
             for parts in (((0, 1),), ((0,), (1,))):
-                steps = self.begin(np.ones((1, 2), np.int64))
-                for part in parts:
-                    logits = steps.forward(np.array([part]), token)
-                steps.close()
+                with closing(self.begin(np.ones((1, 2), np.int64))) as steps:
+                    for part in parts:
+                        logits = steps.forward(np.array([part]), token)
                 found.append(logits)
-            one, two = found
-            self._exact = bool(np.allclose(one, two, rtol=1e-3, atol=1e-3))
-        return self._exact
+            whole, apart = found
+            self._exact = source, bool(np.allclose(whole, apart, rtol=1e-3, atol=1e-3))
+        return self._exact[1]
 
     @property
     def shares_scales(self) -> bool:
@@ -172,11 +174,12 @@ class Steps:
         self._seen = 0
         self._ids = np.empty((len(mask), 0), np.int64)
         self._keeps = bool(model.carried) and cache
+        self._runs = model.graph.begin(CancelToken(model.label))
         self._carry = self._new_carry(len(mask))
 
     def _new_carry(self, rows: int) -> Carry:
-        kind = InPlace if self._model.in_place else Passed
-        return kind(self._model.graph, self._model.carried, rows)
+        in_place = self._model.has_buffers and self._runs.writes_in_place
+        return (InPlace if in_place else Passed)(self._runs, self._model.carried, rows)
 
     @property
     def length(self) -> int:
@@ -190,7 +193,8 @@ class Steps:
 
     def may_guess(self, token: CancelToken) -> bool:
         """Whether a wrong guess costs little, and guesses change nothing that is written."""
-        return isinstance(self._carry, InPlace) and self._model.is_exact(token)
+        in_place = isinstance(self._carry, InPlace)
+        return in_place and self._model.is_exact(self._runs.source, token)
 
     @property
     def takes_back(self) -> bool:
@@ -228,6 +232,7 @@ class Steps:
             steps = Steps(self._model, mask, cache=True, held=int, fixed=fixed)
             logits.append(steps.forward(ids[own, -count:], token))
             parts.append(steps._carry)
+            steps.pause()
         self._carry.join(parts)
         self._seen = ids.shape[1]
         self._held(self._carry.size)
@@ -347,7 +352,16 @@ class Steps:
     def close(self) -> None:
         """Give the cache back."""
         self._carry.close()
+        self._runs.pause()
         self._held(0)
+
+    def pause(self) -> None:
+        """Keep the cache, and let go of what it is the cache of."""
+        self._runs.pause()
+
+    def resume(self, token: CancelToken) -> bool:
+        """Go on; False where the model was loaded anew since, and the cache means nothing."""
+        return self._runs.resume(token)
 
 
 def _at_left(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -37,11 +37,12 @@ class PromptCache:
         self._lock = threading.Lock()
         self._open = True
 
-    def take(self, ids: Row) -> Steps | None:
+    def take(self, ids: Row, token: CancelToken) -> Steps | None:
         """A generation that has seen how these tokens begin, and nothing else; now the caller's.
 
         Args:
             ids: A prompt, of which at least the last token is left to be seen.
+            token: Stops it from another thread.
         """
         with self._lock:
             usable = [_usable(seen, steps, ids) for seen, steps in self._kept]
@@ -49,6 +50,9 @@ class PromptCache:
             if shared < LEAST:
                 return None
             _, steps = self._kept.pop(usable.index(shared))
+        if not steps.resume(token):
+            steps.close()
+            return None
         steps.crop(shared)
         return steps
 
@@ -62,6 +66,7 @@ class PromptCache:
         going = [steps]
         if steps.takes_back:
             steps.crop(len(ids) - 1)
+        steps.pause()
         with self._lock:
             if self._open and steps.length >= LEAST:
                 self._kept.append((ids[: steps.length], steps))

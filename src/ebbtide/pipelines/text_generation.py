@@ -382,7 +382,7 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         model, cached = self._decoder, asked.cache_prompt and asked.config.use_cache
 
         def begin(ids: Ids, mask: NDArray[np.int64]) -> Steps:
-            kept = self._kept.take(ids[0]) if cached and mask.all() else None
+            kept = self._kept.take(ids[0], token) if cached and mask.all() else None
             return kept or model.begin(mask, cache=asked.config.use_cache, held=self._held())
 
         def ended(steps: Any, seen: NDArray[np.int64] | None) -> None:

@@ -4,7 +4,7 @@ Only this room imports onnxruntime.
 """
 
 from ebbtide.runtime.carry import Carried, Carry, InPlace, Passed
-from ebbtide.runtime.graph import GraphSession, Waiting, acquire, start
+from ebbtide.runtime.graph import GraphSession, Runs, Waiting, acquire, start
 from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
     OnnxSession,
@@ -23,6 +23,7 @@ __all__ = [
     "Job",
     "OnnxSession",
     "Passed",
+    "Runs",
     "Session",
     "SessionOptions",
     "TensorInfo",

@@ -22,7 +22,7 @@ from ebbtide.runtime.session import value_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ebbtide.runtime.graph import GraphSession
+    from ebbtide.runtime.graph import Runs
 
 _GROWTH: Final = 256
 """Places by which a buffer grows; and by an eighth of what it has, where that is more."""
@@ -65,12 +65,12 @@ class Carry(abc.ABC):
     """A graph in the middle of a sequence of runs. Used on one native thread at a time.
 
     Args:
-        graph: The graph.
+        graph: The graph, in a sequence of runs.
         carried: What it carries.
         rows: How many rows it begins with.
     """
 
-    def __init__(self, graph: GraphSession, carried: Sequence[Carried], rows: int) -> None:
+    def __init__(self, graph: Runs, carried: Sequence[Carried], rows: int) -> None:
         self._graph = graph
         self._carried = tuple(carried)
         self._rows = rows
@@ -109,7 +109,7 @@ class Carry(abc.ABC):
 class Passed(Carry):
     """Values that one run gives and the next takes, as the runtime made them."""
 
-    def __init__(self, graph: GraphSession, carried: Sequence[Carried], rows: int) -> None:
+    def __init__(self, graph: Runs, carried: Sequence[Carried], rows: int) -> None:
         super().__init__(graph, carried, rows)
         self._begun = False
         self._arrays: dict[str, NDArray[Any]] = {}  # what lies below values made of arrays
@@ -172,7 +172,7 @@ class InPlace(Carry):
     Who runs it says how many places it will have filled, so that there is room.
     """
 
-    def __init__(self, graph: GraphSession, carried: Sequence[Carried], rows: int) -> None:
+    def __init__(self, graph: Runs, carried: Sequence[Carried], rows: int) -> None:
         super().__init__(graph, carried, rows)
         self._arrays: dict[str, NDArray[Any]] = {}
         self._filled = 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ebbtide._settings import Prepare, settings
 from ebbtide.cancellation import CancelToken
@@ -38,6 +37,8 @@ from ebbtide.runtime.session import (
 from ebbtide.runtime.store import DATA, Held, cpu_features
 from ebbtide.runtime.threads import native_threads
 
+_IN_PLACE: Final = b"GroupQueryAttention"
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -57,6 +58,7 @@ class _Use:
     lane_lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     lane_runs: int = 0
     has_lanes: bool = True
+    in_place: bool | None = None
 
     @contextlib.contextmanager
     def in_lane(self, options: SessionOptions, token: CancelToken) -> Iterator[OnnxSession]:
@@ -164,11 +166,6 @@ class GraphSession(Native):
         use = self._use
         return use.held.manifest.anonymous if use is not None and use.held is not None else None
 
-    @functools.cached_property
-    def writes_in_place(self) -> bool:
-        """Whether its attention can write to the buffers that it reads: see `InPlace`."""
-        return self.device.name == "cpu" and _mentions(self.path, b"GroupQueryAttention")
-
     @property
     def lanes(self) -> int:
         """How many runs at once, each with ``in_lane``, are faster than one after another.
@@ -249,48 +246,41 @@ class GraphSession(Native):
         with self._used(token) as use, use.in_lane(self.options, token) as session:
             return session.run(feeds, outputs, token)
 
-    def run_values(
-        self,
-        feeds: Mapping[str, NDArray[Any]],
-        values: Mapping[str, Any],
-        outputs: Sequence[str],
-        token: CancelToken,
-    ) -> list[Any]:
-        """See `OnnxSession.run_values`."""
-        with self._used(token) as use:
-            return use.session.run_values(feeds, values, outputs, token)
+    def begin(self, token: CancelToken) -> Runs:
+        """Begin a sequence of runs, each of which takes what the one before gave.
 
-    def run_in_place(
-        self,
-        feeds: Mapping[str, NDArray[Any]],
-        shared: Mapping[str, tuple[str, NDArray[Any]]],
-        outputs: Sequence[str],
-        token: CancelToken,
-    ) -> list[NDArray[Any]]:
-        """See `OnnxSession.run_in_place`."""
-        with self._used(token) as use:
-            return use.session.run_in_place(feeds, shared, outputs, token)
+        Raises:
+            PipelineDisposedError: It was closed.
+            LoadError: It was asleep, and cannot be loaded again.
+        """
+        return Runs(self, self._enter(token))
 
     @contextlib.contextmanager
     def _used(self, token: CancelToken) -> Iterator[_Use]:
         """The native session of this moment, which stays until this run has ended."""
+        use = self._enter(token)
+        try:
+            yield use
+        finally:
+            self._leave(use)
+
+    def _enter(self, token: CancelToken) -> _Use:
         with self._lock:
             if self._closed:
                 raise PipelineDisposedError(f"{token.label} was disposed.", pipeline=token.label)
             if self._use is None:
                 self._use = self._open_again(token)
-            use = self._use
-            use.running += 1
-        try:
-            yield use
-        finally:
-            with self._lock:
-                use.running -= 1
-                last = use.retired and not use.running
-            reaper.ran()
-            if last:
-                use.close()
-                reaper.later(_trim)
+            self._use.running += 1
+            return self._use
+
+    def _leave(self, use: _Use) -> None:
+        with self._lock:
+            use.running -= 1
+            last = use.retired and not use.running
+        reaper.ran()
+        if last:
+            use.close()
+            reaper.later(_trim)
 
     def move(self) -> bool:
         """Go over to the prepared copy; runs under way end on the original. Whether it did."""
@@ -337,6 +327,68 @@ class GraphSession(Native):
             use.session.leak()
             if use.lane is not None:
                 use.lane.leak()
+
+
+class Runs:
+    """A sequence of runs on one native session, which stays until their end.
+
+    Else a graph could go over to its prepared copy in the middle, whose attention may be another.
+    """
+
+    def __init__(self, graph: GraphSession, use: _Use) -> None:
+        self.path = graph.path
+        self._graph = graph
+        self._use = use
+        self._open = True
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether its attention can write to the buffers that it reads: see `InPlace`."""
+        use = self._use
+        if use.in_place is None:
+            path = self.path if use.held is None else use.held.graph
+            use.in_place = self._graph.device.name == "cpu" and _mentions(path, _IN_PLACE)
+        return use.in_place
+
+    @property
+    def source(self) -> object:
+        """What they run on; another object for another native session."""
+        return self._use
+
+    def run_values(
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        values: Mapping[str, Any],
+        outputs: Sequence[str],
+        token: CancelToken,
+    ) -> list[Any]:
+        """See `OnnxSession.run_values`."""
+        return self._use.session.run_values(feeds, values, outputs, token)
+
+    def run_in_place(
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        shared: Mapping[str, tuple[str, NDArray[Any]]],
+        outputs: Sequence[str],
+        token: CancelToken,
+    ) -> list[NDArray[Any]]:
+        """See `OnnxSession.run_in_place`."""
+        return self._use.session.run_in_place(feeds, shared, outputs, token)
+
+    def pause(self) -> None:
+        """Let the native session go, which may now be freed."""
+        if self._open:
+            self._open = False
+            self._graph._leave(self._use)
+
+    def resume(self, token: CancelToken) -> bool:
+        """Have it again; whether it is the same."""
+        use = self._graph._enter(token)
+        if use is not self._use:
+            self._graph._leave(use)
+            return False
+        self._open = True
+        return True
 
 
 def start() -> None:
