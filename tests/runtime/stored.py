@@ -28,7 +28,7 @@ _HOOK = f"""
 import os, sys
 if {prepare._CHILD!r} in sys.orig_argv and "AT_PREPARING" in os.environ:
     import signal, threading
-    from ebbtide.runtime import identity, session, store
+    from ebbtide.runtime import identity, rewriting, session, store
 
     def before(place, name, act, when=lambda *arguments: True):
         original = getattr(place, name)
@@ -65,9 +65,9 @@ if {prepare._CHILD!r} in sys.orig_argv and "AT_PREPARING" in os.environ:
 STEPS: Mapping[str, str] = {
     "hashing": "before(identity, 'hash_of', {act})",
     "remembering the hash": "before(identity.os, 'replace', {act})",
-    "loading": "before(session, 'write_prepared', {act})",
-    "writing": "before(session, 'open_prepared', {act})",
-    "written": "after(session, 'write_prepared', {act})",
+    "loading": "before(rewriting, 'write_prepared', {act})",
+    "writing": "before(rewriting, 'open_prepared', {act})",
+    "written": "after(rewriting, 'write_prepared', {act})",
     "publishing": "before(store.Store, 'publish', {act})",
     "sealing": "before(store, 'write_sealed', {act})",
     "renaming": "after(store.Manifest, 'write', {act})",

@@ -17,7 +17,7 @@ import pytest
 
 import ebbtide
 from ebbtide.errors import RunError
-from ebbtide.runtime import identity, prepare, session
+from ebbtide.runtime import identity, prepare, rewriting, session
 from ebbtide.runtime.store import DATA, GRAPH, MANIFEST
 
 from . import stored
@@ -244,7 +244,7 @@ BROKEN = """
 import shutil, types
 def broken(*arguments):
     raise session.LoadError("it could not be written", path="model.onnx")
-session.write_prepared = broken
+rewriting.write_prepared = broken
 """
 
 
@@ -384,7 +384,7 @@ def test_a_copy_with_other_answers_is_refused_once_and_for_all(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        for name, value in at("session._agree = lambda *_: False", "die", tmp_path).items():
+        for name, value in at("rewriting._agree = lambda *_: False", "die", tmp_path).items():
             patch.setenv(name, value)
         assert events() == ["preparing", "ready"]
     assert copies(root) == []
@@ -400,9 +400,9 @@ def test_a_copy_with_other_answers_is_refused_once_and_for_all(
 def test_write_prepared_tells_of_other_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "_agree", wrong)
+    monkeypatch.setattr(rewriting, "_agree", wrong)
     with pytest.raises(RunError, match="another last_hidden_state than the original"):
-        session.write_prepared(stored.GRAPH, tmp_path / GRAPH, session.SessionOptions())
+        rewriting.write_prepared(stored.GRAPH, tmp_path / GRAPH, session.SessionOptions())
 
 
 def test_a_model_that_cannot_be_loaded_raises_as_it_does_without_a_store(
@@ -491,11 +491,11 @@ def test_every_kind_of_model_answers_the_same_from_its_copy(tmp_path: Path) -> N
     bad = []
     for number, graph in enumerate(graphs()):
         target = tmp_path / f"{number}.onnx"
-        session.write_prepared(graph, target, options)
+        rewriting.write_prepared(graph, target, options)
         original = session.open_session(graph, "cpu", options, token)
         copy = session.open_prepared(target, options, token)
-        expected = session._reference_run(original, token)
-        found = session._reference_run(copy, token)
+        expected = rewriting._reference_run(original, token)
+        found = rewriting._reference_run(copy, token)
         assert expected, f"{graph} was not run"
         same = [
             np.allclose(found[name], value, rtol=0, atol=1e-6) for name, value in expected.items()

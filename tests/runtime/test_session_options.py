@@ -38,7 +38,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, near: str | None
         SessionOptions.of({name: 1})
     assert isinstance(caught.value, ebbtide.OptionError)
     assert (caught.value.option, caught.value.nearest) == (name, near)
-    assert "arena, entries, optimization, threads" in str(caught.value)
+    assert "arena, entries, fuse, optimization, threads" in str(caught.value)
 
 
 @pytest.mark.parametrize("given", [3, "threads=2", [("threads", 2)], True])

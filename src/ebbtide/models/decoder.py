@@ -19,7 +19,7 @@ from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.loading import DYNAMIC, MODEL, Loaded
-from ebbtide.runtime import Carried, Carry, GraphSession, InPlace, Passed, TensorInfo
+from ebbtide.runtime import POSITIONS, Carried, Carry, GraphSession, InPlace, Passed, TensorInfo
 
 _FED: Final = frozenset(
     {
@@ -450,6 +450,4 @@ def _first(config: Mapping[str, Any], *names: str) -> int | None:
 
 def context_of(config: ModelConfig) -> int | None:
     """Tokens that a causal model can take; None where nothing bounds it."""
-    return _first(
-        config.raw, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"
-    )
+    return _first(config.raw, *POSITIONS)

@@ -3,7 +3,7 @@
 Only this room imports onnxruntime.
 """
 
-from ebbtide.runtime.carry import Carried, Carry, InPlace, Passed
+from ebbtide.runtime.carry import POSITIONS, Carried, Carry, InPlace, Passed
 from ebbtide.runtime.graph import GraphSession, Runs, Waiting, acquire, start
 from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
@@ -16,6 +16,7 @@ from ebbtide.runtime.session import (
 from ebbtide.runtime.threads import Job, cpu_count, native_threads
 
 __all__ = [
+    "POSITIONS",
     "Carried",
     "Carry",
     "GraphSession",

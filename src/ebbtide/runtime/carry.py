@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
     from ebbtide.runtime.graph import Runs
 
+POSITIONS: Final = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length",
+)  # fmt: skip
+"""What configs call the tokens that a model can take."""
+
 _GROWTH: Final = 256
 """Places by which a buffer grows; and by an eighth of what it has, where that is more."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from ebbtide.memory.allocator import allocator
 from ebbtide.memory.ledger import Lease, Native, activity, ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.runtime import devices, prepare
-from ebbtide.runtime.identity import mark
+from ebbtide.runtime.identity import mark, mentions
 from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
     OnnxSession,
@@ -347,7 +346,7 @@ class Runs:
         use = self._use
         if use.in_place is None:
             path = self.path if use.held is None else use.held.graph
-            use.in_place = self._graph.device.name == "cpu" and _mentions(path, _IN_PLACE)
+            use.in_place = self._graph.device.name == "cpu" and mentions(path, _IN_PLACE)
         return use.in_place
 
     @property
@@ -495,12 +494,6 @@ def _move(reference: weakref.ref[GraphSession]) -> None:
             activity.end(window)
 
     native_threads.submit(work, CancelToken("moving to a prepared copy"), lambda: None).wait()
-
-
-def _mentions(path: Path, operator: bytes) -> bool:
-    """Whether a graph has an operator, by its name in the file."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(operator) >= 0
 
 
 def _trim() -> None:

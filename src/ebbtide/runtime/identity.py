@@ -188,3 +188,9 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     content = json.loads(line)
     assert isinstance(content, dict)
     return content
+
+
+def mentions(path: Path, name: bytes) -> bool:
+    """Whether a graph has an operator or an input of this name, by the bytes of its file."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(name) >= 0

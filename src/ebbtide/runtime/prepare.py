@@ -59,6 +59,11 @@ def store() -> Store:
     return Store(_user_cache())
 
 
+_FUSED: Final = "fused.onnx"
+_FUSING: Final = 1
+"""Counts what fusing has become: a copy that was fused otherwise is another copy."""
+
+
 @functools.cache
 def _user_cache() -> Path:
     import platformdirs
@@ -68,7 +73,7 @@ def _user_cache() -> Path:
 
 def shape_of(options: SessionOptions) -> str:
     """The options that change the graph, as one text."""
-    return json.dumps([options.optimization, sorted(options.entries)])
+    return json.dumps([options.optimization, sorted(options.entries), options.fuse and _FUSING])
 
 
 def cannot(size: int, *, asked: bool = False) -> str | None:
@@ -373,12 +378,17 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     outcome: dict[str, object]
     try:
-        outcome = _make(
-            Path(request["graph"]),
-            Store(Path(request["root"])),
-            request["options"],
-            request["limit"],
-        )
+        if "fused" in request:
+            outcome = _fuse(Path(request["graph"]), Path(request["fused"]), request["options"])
+        elif "measured" in request:
+            outcome = _measure(Path(request["measured"]), request["options"])
+        else:
+            outcome = _make(
+                Path(request["graph"]),
+                Store(Path(request["root"])),
+                request["options"],
+                request["limit"],
+            )
     except (EbbtideError, OSError, MemoryError) as error:
         outcome = {"error": str(error) or type(error).__name__}
     print(json.dumps(outcome), flush=True)
@@ -403,12 +413,52 @@ def _end() -> NoReturn:
     os._exit(0)
 
 
-def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[str, object]:
-    from ebbtide.runtime import library
+def _options(given: dict[str, Any]) -> SessionOptions:
     from ebbtide.runtime import session as sessions
 
-    entries = tuple((key, value) for key, value in given.pop("entries"))
-    options = dataclasses.replace(sessions.SessionOptions(**given, entries=entries), threads=1)
+    entries = tuple((key, value) for key, value in given["entries"])
+    return sessions.SessionOptions(**{**given, "entries": entries, "threads": 1})
+
+
+def _fuse(graph: Path, fused: Path, given: dict[str, Any]) -> dict[str, object]:
+    """Fuse a graph's attention and try it, in a process whose memory nobody measures."""
+    from ebbtide.runtime import rewriting
+
+    fused.write_bytes(rewriting.fused(graph, _options(given), CancelToken("fusing")))
+    return {"fused": str(fused)}
+
+
+def _measure(graph: Path, given: dict[str, Any]) -> dict[str, object]:
+    """Measure what a copy takes, in a process that has loaded nothing before."""
+    from ebbtide.runtime import library, rewriting
+
+    library.onnxruntime()
+    return {"anonymous": rewriting.measured(graph, _options(given))}
+
+
+def _said(**request: object) -> dict[str, Any]:
+    """What a further process answers, while this one waits; nothing where it ended early."""
+    text = _ask(json.dumps(request) + "\n", CancelToken("preparing a model"))
+    return json.loads(text) if text else {"error": _ENDED}
+
+
+def _fused(graph: Path, folder: Path, given: dict[str, Any]) -> Path | None:
+    """A graph with its attention fused, in a file; None where that cannot be."""
+    from ebbtide.runtime import rewriting
+
+    if not given["fuse"] or given["optimization"] != "all" or not rewriting.may_fuse(graph):
+        return None
+    said = _said(graph=str(graph), fused=str(folder / _FUSED), options=given)
+    if "fused" not in said:
+        log.info("The attention of %s is not fused: %s.", graph, said["error"])
+        return None
+    return folder / _FUSED
+
+
+def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[str, object]:
+    from ebbtide.runtime import library, rewriting
+
+    options = _options(given)
     version = library.version()
     found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=True)
     if found is None:
@@ -426,7 +476,12 @@ def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[s
         _making.append(folder)
         started = time.monotonic()
         try:
-            anonymous = sessions.write_prepared(graph, folder / stores.GRAPH, options)
+            fused = _fused(graph, folder, given)
+            anonymous = rewriting.write_prepared(graph, folder / stores.GRAPH, options, fused)
+            if fused is not None:
+                fused.unlink()
+                said = _said(measured=str(folder / stores.GRAPH), options=given)
+                anonymous = said.get("anonymous", anonymous)
         except EbbtideError as error:
             if _short(folder, size) is None:  # else it may well work another time
                 here.refuse(key, str(error))
