@@ -145,8 +145,7 @@ class Lifecycle:
         site: Where the user's code made it, as ``(file, line)``.
 
     Attributes:
-        caches: Bytes that generations hold of what the model has seen, by generation: those under
-            way, and those that are kept for a call that begins the same.
+        caches: Bytes of what the model has seen, by generation: under way, or kept for a call.
         working: Bytes that its calls added to the process and that are not given back yet.
         drowsy: Whether the disposer waits for its calls to end, to have it sleep.
         turn: Held while it goes to sleep or wakes; taken on threads of Ebbtide's own alone.
@@ -194,8 +193,7 @@ class Lifecycle:
     @property
     def charged(self) -> int:
         """Bytes that releasing this should give back: what nobody else holds, and caches."""
-        resources = sum(resource.charge for resource in tuple(self.resources))
-        return self.working + resources + self.cached
+        return self.working + self.cached + sum(one.charge for one in tuple(self.resources))
 
     @property
     def cached(self) -> int:
@@ -267,6 +265,8 @@ class Lifecycle:
         for token in own_thread.tokens:
             if token in self.running:
                 token.cancel()
+        for token in tuple(self.running) if cancel else ():
+            token.cancelled = True  # seen at its next check; the reaper ends native runs
         deadline = time.monotonic() + patience
         self.disposer.request(Request(self, deadline, collect, forgotten))
 
