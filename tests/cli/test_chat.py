@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ebbtide
+from ebbtide.cancellation import CancelToken
 from ebbtide.cli.chat import Answer, Conversation, Stop, Thoughts
 from ebbtide.cli.results import printable
 from ebbtide.errors import InputError
 from ebbtide.models.chat import ChatTemplate
 from ebbtide.pipelines.base import PipelineMemory
-from ebbtide.pipelines.generating import Piece
+from ebbtide.pipelines.generating import Piece, Stream
 
 MODELS = Path(__file__).parents[1] / "models"
 LLAMA = MODELS / "gen-llama"  # takes no system message, and 128 tokens
@@ -80,6 +81,16 @@ class Person:
 
     def read_prompt(self) -> str:
         return self.read_until(r"(^|\n)> $")
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C once the line is waited for.
+
+        Python does not hear a signal that comes between the prompt and the wait for a key.
+        """
+        stat = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat")
+        while stat.read_text().rpartition(") ")[2][0] != "S":
+            os.sched_yield()
+        self.type("\x03")
 
     def type(self, keys: str, encoding: str = "utf-8") -> None:
         os.write(self._leader, keys.encode(encoding))
@@ -283,12 +294,15 @@ def test_a_terminal_shows_the_model_then_answers_and_figures(person: Any) -> Non
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("keys", ["\x03", "half a line\x03", "/quit\n"])
+@pytest.mark.parametrize("keys", ["", "half a line", "/quit\n"])
 def test_the_chat_ends_at_the_prompt_with_a_receipt_and_0(person: Any, keys: str) -> None:
     someone = person("--model", LLAMA)
     someone.read_prompt()
     assert not someone.modes_are_as_before  # while a line is edited
     someone.type(keys)
+    if keys != "/quit\n":
+        someone.read_until(re.escape(keys) + "$")
+        someone.interrupt()
     code, told = someone.end()
     assert code == 0
     assert someone.modes_are_as_before
@@ -430,11 +444,11 @@ class Thinker:
         )
         self._pieces, self._end = pieces, end
 
-    def stream(self, messages: Any, **options: Any) -> Iterator[Piece]:
+    def stream(self, messages: Any, **options: Any) -> Stream:
         self.asked.append(messages)
-        return self._written()
+        return Stream(self._written(), CancelToken("the test"), [])
 
-    def _written(self) -> Iterator[Piece]:
+    def _written(self) -> Generator[Piece, None, None]:
         for number, text in enumerate(self._pieces):
             yield Piece(text, number)
         if self._end is not None:

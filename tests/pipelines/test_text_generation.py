@@ -436,3 +436,50 @@ def test_a_form_that_cannot_be_used_says_what_to_change(write: Any) -> None:
     for wrong in (3, [], {"jsonschema": {}}, {"type": "objekt"}, {"grammar": "start: ("}):
         with pytest.raises(InputError):
             write(PROMPT, structured=wrong)
+
+
+# A stream in hand
+
+
+def test_another_thread_cancels_a_stream_within_a_token(write: Any) -> None:
+    stream = write.stream(PROMPT, max_new_tokens=90, min_new_tokens=90)
+    seen: list[Any] = []
+
+    def read() -> None:
+        for piece in stream:
+            seen.append(piece)
+            if len(seen) == 3:
+                canceller = threading.Thread(target=stream.cancel)
+                canceller.start()
+                canceller.join()
+
+    with pytest.raises(PipelineCancelledError):
+        read()
+    assert stream.result is None
+    assert write.memory.cache == 0
+    assert write(PROMPT, max_new_tokens=2)
+
+
+def test_a_stream_that_was_read_has_the_result_of_a_call(write: Any) -> None:
+    stream = write.stream(PROMPT, max_new_tokens=5)
+    assert next(stream)
+    assert stream.result is None
+    assert len(list(stream)) == 4
+    assert [stream.result] == write(PROMPT, max_new_tokens=5)
+
+
+def test_a_stream_on_an_event_loop_is_cancelled_and_closed_too(write: Any) -> None:
+    async def cancelled() -> None:
+        async with write.astream(PROMPT, max_new_tokens=90, min_new_tokens=90) as stream:
+            async for _ in stream:
+                stream.cancel()
+
+    async def closed() -> Any:
+        async with write.astream(PROMPT, max_new_tokens=90) as stream:
+            await anext(stream)
+        return stream.result
+
+    with pytest.raises(PipelineCancelledError):
+        asyncio.run(cancelled())
+    assert asyncio.run(closed()) is None
+    assert write.memory.cache == 0

@@ -334,7 +334,7 @@ class Conversation:
         answer = Answer({})
         began = time.perf_counter()
         # Each turn begins as the one before did.
-        with closing(self.pipe.stream(asked, cache_prompt=True, **options)) as pieces:
+        with self.pipe.stream(asked, cache_prompt=True, **options) as pieces:
             try:
                 while (piece := stop.next(pieces) if stop else next(pieces, None)) is not None:
                     answer.seconds = time.perf_counter() - began
@@ -346,8 +346,10 @@ class Conversation:
             except KeyboardInterrupt:
                 if stop is None:
                     raise
-                with suppress(KeyboardInterrupt):
-                    pieces.throw(KeyboardInterrupt)  # stops it, and waits until it has stopped
+                pieces.cancel()
+                with suppress(ebbtide.PipelineCancelledError):
+                    for _ in pieces:  # until it has stopped
+                        pass
         return answer
 
 

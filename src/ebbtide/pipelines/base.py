@@ -273,10 +273,12 @@ class Pipeline(Disposable):
     def _told(self, some: Sequence[Read], call: Call) -> Telling[Step]:
         return lambda token, tell: self._run(some, call, token, tell)
 
-    def _steps(self, work: Telling[StepT]) -> Generator[StepT, None, None]:
+    def _steps(
+        self, work: Telling[StepT], token: CancelToken | None = None
+    ) -> Generator[StepT, None, None]:
         """What work tells while it runs, on the caller's thread, which may take its time."""
         told: queue.SimpleQueue[StepT | None] = queue.SimpleQueue()
-        job = self._submit(lambda token: work(token, told.put))
+        job = self._submit(lambda token: work(token, told.put), token)
         job.on_done(lambda: told.put(None))
         try:
             while (step := told.get()) is not None:
@@ -291,7 +293,9 @@ class Pipeline(Disposable):
             raise
         job.wait()
 
-    async def _asteps(self, work: Telling[StepT]) -> AsyncGenerator[StepT, None]:
+    async def _asteps(
+        self, work: Telling[StepT], token: CancelToken | None = None
+    ) -> AsyncGenerator[StepT, None]:
         """The same on an event loop."""
         import asyncio
 
@@ -302,7 +306,7 @@ class Pipeline(Disposable):
             with suppress(RuntimeError):  # the loop was closed while we worked
                 loop.call_soon_threadsafe(told.put_nowait, step)
 
-        job = self._submit(lambda token: work(token, tell))
+        job = self._submit(lambda token: work(token, tell), token)
         job.on_done(lambda: tell(None))
         try:
             while (step := await told.get()) is not None:
@@ -348,10 +352,12 @@ class Pipeline(Disposable):
                 tell((done, new))
         return found
 
-    def _submit(self, work: Callable[[CancelToken], ResultT]) -> Job[ResultT]:
-        """Let one call in, and hand its work to a native thread."""
+    def _submit(
+        self, work: Callable[[CancelToken], ResultT], given: CancelToken | None = None
+    ) -> Job[ResultT]:
+        """Let one call in, and hand its work to a native thread; ``given`` may stop it."""
         lifecycle = self._lifecycle
-        token = CancelToken(lifecycle.label)
+        token = given or CancelToken(lifecycle.label)
 
         def leave() -> None:
             lifecycle.leave(token)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing, closing
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError
@@ -42,6 +49,84 @@ class Piece:
 
 
 Streamer = Callable[[Piece], object]
+
+
+class _Stream:
+    """What streams of either kind have."""
+
+    def __init__(self, token: CancelToken, results: Sequence[Sequence[Any]]) -> None:
+        self._token = token
+        self._results = results
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What a call would have given; None before the last piece has been read."""
+        return self._results[0][0] if self._results else None
+
+    def cancel(self) -> None:
+        """Stop the writing, from any thread: who reads it gets a `PipelineCancelledError`."""
+        self._token.cancel()
+
+
+class Stream(_Stream, Iterator[Piece]):
+    """A text as it is written: its pieces, once. Whoever stops reading stops the writing.
+
+    Example:
+        >>> import ebbtide
+        >>> with ebbtide.pipeline("text-generation", "tests/models/gen-llama") as write:
+        ...     with write.stream("The tide", max_new_tokens=3) as pieces:
+        ...         text = "".join(map(str, pieces))
+        ...     text == pieces.result["generated_text"].removeprefix("The tide")
+        True
+    """
+
+    def __init__(
+        self,
+        pieces: Generator[Piece, None, None],
+        token: CancelToken,
+        results: Sequence[Sequence[Any]],
+    ) -> None:
+        super().__init__(token, results)
+        self._pieces = pieces
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class AsyncStream(_Stream, AsyncIterator[Piece]):
+    """The same as `Stream` on an event loop."""
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[Piece, None],
+        token: CancelToken,
+        results: Sequence[Sequence[Any]],
+    ) -> None:
+        super().__init__(token, results)
+        self._pieces = pieces
+
+    async def __anext__(self) -> Piece:
+        return await anext(self._pieces)
+
+    async def aclose(self) -> None:
+        """Stop reading, once the writing has stopped."""
+        await self._pieces.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
 
 
 def whole(name: str, number: int | None, least: int) -> int | None:
@@ -173,13 +258,17 @@ class GeneratingPipeline(Pipeline, Generic[PromptT]):
                     streamer(piece)
         return results[0] if call.alone else results
 
-    def _stream_of(self, call: Understood[PromptT]) -> Generator[Piece, None, None]:
+    def _stream_of(self, call: Understood[PromptT]) -> Stream:
         call.check_streamed()
-        return self._steps(self._pieces(call, []))
+        results: list[list[Any]] = []
+        token = CancelToken(self._lifecycle.label)
+        return Stream(self._steps(self._pieces(call, results), token), token, results)
 
-    def _astream_of(self, call: Understood[PromptT]) -> AsyncGenerator[Piece, None]:
+    def _astream_of(self, call: Understood[PromptT]) -> AsyncStream:
         call.check_streamed()
-        return self._asteps(self._pieces(call, []))
+        results: list[list[Any]] = []
+        token = CancelToken(self._lifecycle.label)
+        return AsyncStream(self._asteps(self._pieces(call, results), token), token, results)
 
     def _write(self, call: Understood[PromptT], token: CancelToken) -> list[list[Any]]:
         """The results of all prompts; on a native thread."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -21,9 +20,10 @@ from ebbtide.models.loading import Loaded, LoadOptions
 from ebbtide.models.seq2seq import STEMS, Seq2Seq
 from ebbtide.pipelines import inputs as given
 from ebbtide.pipelines.generating import (
+    AsyncStream,
     GeneratingPipeline,
-    Piece,
     Shown,
+    Stream,
     Streamer,
     Understood,
     whole,
@@ -148,7 +148,7 @@ class Text2TextGenerationPipeline(GeneratingPipeline[Source]):
         skip_special_tokens: bool = True,
         logprobs: bool = False,
         **options: Any,
-    ) -> Iterator[Piece]:
+    ) -> Stream:
         """Give each piece as it is written; who stops reading stops it.
 
         Args:
@@ -161,19 +161,17 @@ class Text2TextGenerationPipeline(GeneratingPipeline[Source]):
             self._understood(inputs, skip_special_tokens, False, logprobs, None, options)
         )
 
-    async def astream(
+    def astream(
         self,
         inputs: str,
         *,
         skip_special_tokens: bool = True,
         logprobs: bool = False,
         **options: Any,
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncStream:
         """The same on an event loop."""
         call = self._understood(inputs, skip_special_tokens, False, logprobs, None, options)
-        async with aclosing(self._astream_of(call)) as pieces:
-            async for piece in pieces:
-                yield piece
+        return self._astream_of(call)
 
     def _understood(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
 from typing import Any, ClassVar, Final
 
@@ -28,9 +28,10 @@ from ebbtide.models.replies import formats_of, parse_reply
 from ebbtide.models.structured import Structure, Vocabulary
 from ebbtide.models.structured_form import Form
 from ebbtide.pipelines.generating import (
+    AsyncStream,
     GeneratingPipeline,
-    Piece,
     Shown,
+    Stream,
     Streamer,
     Understood,
     whole,
@@ -234,7 +235,7 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         skip_special_tokens: bool = True,
         prompt_lookup_num_tokens: int | None = None,
         **options: Any,
-    ) -> Iterator[Piece]:
+    ) -> Stream:
         """Write on, and give each piece as it is written; who stops reading stops it.
 
         Args:
@@ -255,7 +256,7 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         return self._stream_of(
             self._understood(
                 inputs,
-                return_full_text=False,
+                return_full_text=True,
                 add_special_tokens=add_special_tokens,
                 skip_special_tokens=skip_special_tokens,
                 details=False,
@@ -266,7 +267,7 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
             )
         )
 
-    async def astream(
+    def astream(
         self,
         inputs: str | Chat,
         *,
@@ -275,11 +276,11 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         skip_special_tokens: bool = True,
         prompt_lookup_num_tokens: int | None = None,
         **options: Any,
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncStream:
         """The same as `stream` on an event loop."""
         understood = self._understood(
             inputs,
-            return_full_text=False,
+            return_full_text=True,
             add_special_tokens=add_special_tokens,
             skip_special_tokens=skip_special_tokens,
             details=False,
@@ -288,9 +289,7 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
             batch_size=None,
             options=options,
         )
-        async with aclosing(self._astream_of(understood)) as pieces:
-            async for piece in pieces:
-                yield piece
+        return self._astream_of(understood)
 
     def _understood(
         self,
