@@ -55,13 +55,15 @@ def test_a_prepared_copy_writes_in_place_and_writes_the_same(root: Path) -> None
     assert not list(root.rglob("fused.onnx"))
 
 
-def test_who_asks_for_no_fusing_gets_a_copy_of_its_own() -> None:
+def test_who_asks_for_no_fusing_gets_a_copy_of_its_own(root: Path) -> None:
     with load(prepare="now"), load(prepare="now", session_options={"fuse": False}) as pipe:
         assert stored.source(pipe) == "prepared"
         assert carry_of(pipe) is Passed
 
 
-def test_a_graph_that_writes_otherwise_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_writes_otherwise_is_not_fused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = SessionOptions(threads=1)
     assert b"GroupQueryAttention" in rewriting.fused(FILE, options, TOKEN)
     write = rewriting._written
@@ -80,7 +82,7 @@ def test_a_graph_that_writes_otherwise_is_not_fused(monkeypatch: pytest.MonkeyPa
         rewriting.fused(FILE, options, TOKEN)
 
 
-def test_a_graph_that_cannot_be_fused_is_prepared_as_it_is() -> None:
+def test_a_graph_that_cannot_be_fused_is_prepared_as_it_is(root: Path) -> None:
     with ebbtide.pipeline("text-generation", MODELS / "gen-gpt2", prepare="off") as pipe:
         expected = written(pipe)
     with ebbtide.pipeline("text-generation", MODELS / "gen-gpt2", prepare="now") as pipe:
@@ -106,7 +108,9 @@ def test_a_copy_is_measured_by_a_process_that_did_nothing_else(root: Path) -> No
     assert 0 < rewriting.measured(graph, SessionOptions(threads=1)) < 20_000_000
 
 
-def test_a_generation_ends_on_the_graph_that_it_began_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generation_ends_on_the_graph_that_it_began_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with load(prepare="off") as pipe:
         expected = written(pipe)[0]
         prompt = TEXTS[0]
@@ -118,7 +122,7 @@ def test_a_generation_ends_on_the_graph_that_it_began_on(monkeypatch: pytest.Mon
             assert carry_of(pipe) is InPlace
 
 
-def test_what_was_kept_of_the_original_is_not_gone_on_from_on_the_copy() -> None:
+def test_what_was_kept_of_the_original_is_not_gone_on_from_on_the_copy(root: Path) -> None:
     prompt = TEXTS[0] * 2
     with load(prepare="off") as pipe:
         [expected] = pipe(prompt, max_new_tokens=6, cache_prompt=True)

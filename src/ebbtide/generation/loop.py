@@ -197,7 +197,7 @@ class _Rows:
     def _end(self, scores: Scores, going: NDArray[np.bool_]) -> None:
         """Note which rows have ended with their newest token."""
         ids = self.ids
-        stops = np.isin(ids[:, -1], self._ends)
+        stops: NDArray[np.bool_] = (ids[:, -1:] == self._ends).any(axis=1)
         if self._ends_text is not None:
             stops |= self._ends_text(ids)
         self._note(stops, "stop")

@@ -357,6 +357,7 @@ class Steps:
 
     def pause(self) -> None:
         """Keep the cache, and let go of what it is the cache of."""
+        self._carry.pause()
         self._runs.pause()
 
     def resume(self, token: CancelToken) -> bool:

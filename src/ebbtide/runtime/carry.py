@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ebbtide.runtime.graph import Runs
+    from ebbtide.runtime.session import Bound
 
 POSITIONS: Final = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length",
@@ -106,6 +107,9 @@ class Carry(abc.ABC):
             UnsupportedModelError: There is a state that has no places.
         """
 
+    def pause(self) -> None:  # noqa: B027 - most hold nothing of the graph
+        """Let the graph go, and keep what is carried."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """Give it back."""
@@ -180,6 +184,9 @@ class InPlace(Carry):
     def __init__(self, graph: Runs, carried: Sequence[Carried], rows: int) -> None:
         super().__init__(graph, carried, rows)
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._bound: Bound | None = None
+        self._shown: tuple[int, ...] = ()
+        self._given: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
         self._filled = 0
         self._room = 0
 
@@ -196,7 +203,14 @@ class InPlace(Carry):
         room += -room % _GROWTH
         self._rebuild(np.arange(self._rows), room)
 
+    def pause(self) -> None:
+        """Let the graph go, and keep what is carried."""
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
+
     def _rebuild(self, rows: NDArray[np.int64], room: int) -> None:
+        self.pause()
         for one in self._carried:
             new = one.zeros(len(rows), room)
             old = self._arrays.get(one.input)
@@ -208,6 +222,7 @@ class InPlace(Carry):
 
     def join(self, rows: Sequence[Carry]) -> None:
         """Go on with what these carry, each a row, and give them up."""
+        self.pause()
         parts = [one for one in rows if isinstance(one, InPlace)]
         self._room = max(one._room for one in parts)
         self._filled = max(one._filled for one in parts)
@@ -225,8 +240,14 @@ class InPlace(Carry):
         """Run the graph once; what it carries is where it was."""
         places = feeds["attention_mask"].shape[1]
         self.reserve(places)
-        shared = {one.input: (one.output, self._arrays[one.input]) for one in self._carried}
-        found = self._graph.run_in_place(feeds, shared, outputs, token)
+        if self._bound is None:
+            shared = {one.input: (one.output, self._arrays[one.input]) for one in self._carried}
+            self._bound = self._graph.bind(shared, outputs)
+        shape, into = feeds["input_ids"].shape, None
+        if self._shown == shape:
+            into = [np.empty(*one) for one in self._given]
+        found = self._bound.run(feeds, into, token)
+        self._shown, self._given = shape, [(one.shape, one.dtype) for one in found]
         self._filled = places
         return found
 
@@ -240,6 +261,7 @@ class InPlace(Carry):
 
     def close(self) -> None:
         """Give it back."""
+        self.pause()
         self._arrays.clear()
 
 

@@ -26,6 +26,7 @@ from ebbtide.runtime import devices, prepare
 from ebbtide.runtime.identity import mark, mentions
 from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
+    Bound,
     OnnxSession,
     SessionOptions,
     TensorInfo,
@@ -364,15 +365,9 @@ class Runs:
         """See `OnnxSession.run_values`."""
         return self._use.session.run_values(feeds, values, outputs, token)
 
-    def run_in_place(
-        self,
-        feeds: Mapping[str, NDArray[Any]],
-        shared: Mapping[str, tuple[str, NDArray[Any]]],
-        outputs: Sequence[str],
-        token: CancelToken,
-    ) -> list[NDArray[Any]]:
-        """See `OnnxSession.run_in_place`."""
-        return self._use.session.run_in_place(feeds, shared, outputs, token)
+    def bind(self, shared: Mapping[str, tuple[str, NDArray[Any]]], outputs: Sequence[str]) -> Bound:
+        """See `OnnxSession.bind`."""
+        return self._use.session.bind(shared, outputs)
 
     def pause(self) -> None:
         """Let the native session go, which may now be freed."""

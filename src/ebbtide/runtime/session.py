@@ -8,6 +8,7 @@ once, and the native session has one owner.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -378,39 +379,14 @@ class OnnxSession:
 
         return self._guarded(run, token)
 
-    def run_in_place(
-        self,
-        feeds: Mapping[str, Array],
-        shared: Mapping[str, tuple[str, Array]],
-        outputs: Sequence[str],
-        token: CancelToken,
-    ) -> list[Array]:
-        """The same where some outputs are written to the very arrays that inputs are read from.
+    def bind(self, shared: Mapping[str, tuple[str, Array]], outputs: Sequence[str]) -> Bound:
+        """Have some outputs written to the very arrays that inputs are read from, in many runs.
 
         Args:
-            feeds: One array an input.
             shared: For an input, the output and the array that are both.
             outputs: What else is computed.
-            token: Stops the run from another thread.
         """
-
-        def run(options: Any) -> list[Array]:
-            binding = self._native.io_binding()._iobinding
-            for name, array in feeds.items():
-                binding.bind_ortvalue_input(name, value_of(array))
-            for name in outputs:
-                binding.bind_output(name, self._memory)
-            for name, (output, array) in shared.items():
-                value = value_of(array)
-                binding.bind_ortvalue_input(name, value)
-                binding.bind_ortvalue_output(output, value)
-            self._native._sess.run_with_iobinding(binding, options)
-            found = binding.get_outputs()
-            return [np.from_dlpack(found[number]) for number in range(len(outputs))]
-
-        import numpy as np
-
-        return self._guarded(run, token)
+        return Bound(self, shared, outputs)
 
     def close(self) -> Sequence[Remains]:
         """Free it; what is still referenced by somebody comes back."""
@@ -428,9 +404,83 @@ class OnnxSession:
         leak(getattr(self._native, "_sess", None))
 
 
+class Bound:
+    """A session with arrays that it reads and writes; it pins the session until it is closed.
+
+    Args:
+        session: The session.
+        shared: For an input, the output and the array that are both.
+        outputs: What else is computed.
+    """
+
+    def __init__(
+        self,
+        session: OnnxSession,
+        shared: Mapping[str, tuple[str, Array]],
+        outputs: Sequence[str],
+    ) -> None:
+        self._session = session
+        self._outputs = tuple(outputs)
+        self._arrays = [array for _, array in shared.values()]  # which are read where they lie
+        self._binding: Any = session._native.io_binding()._iobinding
+        for name in outputs:
+            self._binding.bind_output(name, session._memory)
+        for name, (output, array) in shared.items():
+            value = value_of(array)
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(output, value)
+
+    def run(
+        self, feeds: Mapping[str, Array], into: Sequence[Array] | None, token: CancelToken
+    ) -> list[Array]:
+        """Run it once.
+
+        Args:
+            feeds: One array an input, for those that are not shared.
+            into: Arrays for the outputs, where their shapes are known.
+            token: Stops the run from another thread.
+
+        Returns:
+            The outputs; read-only where they lie in the runtime's memory.
+        """
+        session, binding = self._session, self._binding
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, value_of(array))
+        for name, given in zip(self._outputs, into or (), strict=False):
+            binding.bind_ortvalue_output(name, value_of(given))
+        for name in self._outputs if into is None else ():
+            binding.bind_output(name, session._memory)
+
+        def run(options: Any) -> list[Array]:
+            session._native._sess.run_with_iobinding(binding, options)
+            if into is not None:
+                return list(into)
+            found = binding.get_outputs()
+            return [np.from_dlpack(found[number]) for number in range(len(self._outputs))]
+
+        import numpy as np
+
+        return session._guarded(run, token)
+
+    def close(self) -> None:
+        """Let the session and the arrays go."""
+        self._binding = None
+        self._arrays.clear()
+
+
 def value_of(array: Array) -> Any:
     """An array as a value of the runtime, which reads it where it lies: it has to stay there."""
-    return onnxruntime().OrtValue.ortvalue_from_numpy(array)._ortvalue
+    make, memory = _values()
+    return make(array, memory)
+
+
+@functools.cache
+def _values() -> tuple[Callable[[Array, Any], Any], Any]:
+    import numpy as np
+
+    library = onnxruntime()
+    value = type(library.OrtValue.ortvalue_from_numpy(np.zeros(1))._ortvalue)  # it has no name
+    return value.ortvalue_from_numpy, library.OrtDevice.make("cpu", 0)._get_c_device()
 
 
 def _describe(node: Any) -> TensorInfo:
