@@ -27,6 +27,7 @@ EndsText = Callable[[Ids], NDArray[np.bool_]]
 """Which rows end with a text that ends them."""
 
 _PAD: Final = 0
+_NONE: Final = np.empty(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,11 +93,10 @@ def write(
     """
     rows = _Rows(prompt, config, processors, last_length, ends_text, logprobs, clock)
     copies = config.num_return_sequences
-    fresh, guess = prompt[:, steps.length :], np.empty(0, np.int64)
+    fresh, guess = prompt[:, steps.length :], _NONE
     behind = first = prompt[:, -1:]
     while True:
         token.check()
-        seen = steps.length + fresh.shape[1] - len(guess)
         logits = steps.forward(fresh, token, last=not len(guess))[:, -1 - len(guess) :]
         if copies > 1 and behind is first:
             again = np.repeat(np.arange(len(prompt)), copies)
@@ -112,10 +112,10 @@ def write(
             if all(written.reasons):
                 return
             if place < len(guess) and written.ids[0] != guess[place]:
-                steps.crop(seen + place)
+                steps.crop(steps.length - len(guess) + place)
                 break
         behind = written.ids[:, None]
-        guess = np.empty(0, np.int64)
+        guess = _NONE
         if draft is not None and len(written.ids) == 1:
             room = last_length - rows.ids.shape[1] - 1
             guess = draft(rows.ids[0])[: max(0, room)]
@@ -154,10 +154,12 @@ class _Rows:
         self._logprobs = logprobs
         self._clock = clock
         self._until = None if config.max_time is None else clock() + config.max_time
-        self._ends = np.array(config.eos_token_id, np.int64)
+        self._ends = frozenset(config.eos_token_id)
         self._pad = _PAD if config.pad_token_id is None else config.pad_token_id
         self._dice = np.random.default_rng(config.seed) if config.do_sample else None
         self._reasons: list[Reason] = [""] * (rows * copies)
+        self._going = np.ones(rows * copies, bool)
+        self._all_go = True
 
     @property
     def ids(self) -> Ids:
@@ -171,13 +173,13 @@ class _Rows:
         for one in self._processors:
             scores = one(ids, scores)
         found = scores.argmax(axis=-1) if self._dice is None else sample(scores, self._dice)
-        going = np.array([not reason for reason in self._reasons])
-        found = np.where(going, found, self._pad)
+        if not self._all_go:
+            found = np.where(self._going, found, self._pad)
         taken = None
         if self._logprobs:
             taken = np.take_along_axis(log_softmax(scores), found[:, None], axis=1)[:, 0]
         self._append(found)
-        self._end(scores, going)
+        self._end(scores, found)
         return Written(
             found,
             tuple(self._reasons),
@@ -194,20 +196,24 @@ class _Rows:
         self._buffer[:, self._length] = tokens
         self._length += 1
 
-    def _end(self, scores: Scores, going: NDArray[np.bool_]) -> None:
+    def _end(self, scores: Scores, newest: NDArray[np.int64]) -> None:
         """Note which rows have ended with their newest token."""
-        ids = self.ids
-        stops: NDArray[np.bool_] = (ids[:, -1:] == self._ends).any(axis=1)
+        for row, one in enumerate(newest.tolist()):
+            if one in self._ends:
+                self._note(row, "stop")
         if self._ends_text is not None:
-            stops |= self._ends_text(ids)
-        self._note(stops, "stop")
+            for row in np.flatnonzero(self._ends_text(self.ids)).tolist():
+                self._note(row, "stop")
         for criterion in self._config.stopping_criteria:
-            self._note(np.broadcast_to(criterion(ids, scores), going.shape), "criterion")
-        if self._length >= self._last_length:
-            self._note(np.ones_like(going), "length")
-        if self._until is not None and self._clock() >= self._until:
-            self._note(np.ones_like(going), "time")
+            which = np.broadcast_to(criterion(self.ids, scores), newest.shape)
+            for row in np.flatnonzero(which).tolist():
+                self._note(row, "criterion")
+        late = self._until is not None and self._clock() >= self._until
+        if self._length >= self._last_length or late:
+            for row in range(len(newest)):
+                self._note(row, "time" if self._length < self._last_length else "length")
 
-    def _note(self, which: NDArray[np.bool_], reason: Reason) -> None:
-        for row in np.flatnonzero(which):
-            self._reasons[row] = self._reasons[row] or reason
+    def _note(self, row: int, reason: Reason) -> None:
+        if not self._reasons[row]:
+            self._reasons[row] = reason
+            self._going[row] = self._all_go = False

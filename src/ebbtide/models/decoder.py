@@ -41,6 +41,9 @@ LOGITS_AT_ONCE: Final = 1 << 24
 LEAST_PART: Final = 64
 """Tokens of such a part at least."""
 
+_AHEAD: Final = 256
+"""Tokens for which a mask is made ahead."""
+
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 Held = Callable[[int], object]
@@ -71,6 +74,7 @@ class Decoder:
         self.label = loaded.label
         self._exact: tuple[object, bool] | None = None
         self.inputs = {one.name: one for one in value.inputs}
+        self.fed = [(name, info) for name, info in self.inputs.items() if name in _FED]
         self.carried = carried_by(value, self.config, self.name)
         self.has_buffers = bool(self.carried) and all(
             one.axis == 2 and len(one.shape) == 4 for one in self.carried
@@ -170,6 +174,8 @@ class Steps:
         self._model = model
         self._fixed = dict(fixed)
         self._mask = mask.astype(np.int64)
+        self._pads = len(mask[0]) - self._mask.sum(axis=1)
+        self._told = -1
         self._held = held
         self._seen = 0
         self._ids = np.empty((len(mask), 0), np.int64)
@@ -209,6 +215,8 @@ class Steps:
         self._grow_mask(self._seen + new)
         if not self._keeps:
             return self._whole(ids, token, last)
+        if new == 1:
+            return self._run(ids, token, last)
         part = new
         most = max(LEAST_PART, LOGITS_AT_ONCE // (rows * self._width()))
         if last and not self._is_ragged():
@@ -225,18 +233,24 @@ class Steps:
         """Show the model one prompt after another: several cannot be shown to it in parts."""
         assert isinstance(self._carry, InPlace)
         logits, parts = [], []
-        for row, count in enumerate(self._mask.sum(axis=1)):
+        for row, count in enumerate(ids.shape[1] - self._pads):
             own = slice(row, row + 1)
             fixed = {name: array[own] for name, array in self._fixed.items()}
-            mask = self._mask[own, -count:]
+            mask = np.ones((1, count), np.int64)
             steps = Steps(self._model, mask, cache=True, held=int, fixed=fixed)
             logits.append(steps.forward(ids[own, -count:], token))
             parts.append(steps._carry)
             steps.pause()
         self._carry.join(parts)
         self._seen = ids.shape[1]
-        self._held(self._carry.size)
+        self._tell()
         return np.concatenate(logits)
+
+    def _tell(self) -> None:
+        size = self._carry.size
+        if size != self._told:
+            self._told = size
+            self._held(size)
 
     def _width(self) -> int:
         if "num_logits_to_keep" in self._model.inputs:
@@ -249,9 +263,8 @@ class Steps:
         return isinstance(self._carry, InPlace) and len(self._mask) > 1
 
     def _grow_mask(self, length: int) -> None:
-        more = length - self._mask.shape[1]
-        if more > 0:
-            ones = np.ones((len(self._mask), more), np.int64)
+        if length > self._mask.shape[1]:
+            ones = np.ones((len(self._mask), length - self._mask.shape[1] + _AHEAD), np.int64)
             self._mask = np.concatenate([self._mask, ones], axis=1)
 
     def _whole(self, ids: NDArray[np.int64], token: CancelToken, last: bool) -> NDArray[np.float32]:
@@ -270,8 +283,8 @@ class Steps:
         """
         total = self._seen + ids.shape[1]
         mask = self._mask[:, :total]
-        counts = mask.sum(axis=1)
-        moved = isinstance(self._carry, InPlace) and int(counts.min()) < total
+        counts = np.maximum(total - self._pads, 0)
+        moved = isinstance(self._carry, InPlace) and bool(self._pads.any())
         if moved:
             ids = _at_left(ids, mask[:, self._seen :]) if self._seen == 0 else ids
             mask = (np.arange(total) < counts[:, None]).astype(np.int64)
@@ -279,7 +292,7 @@ class Steps:
         (logits,) = self._carry.run(feeds, ["logits"], token)
         first = self._seen == 0
         self._seen = total
-        self._held(self._carry.size)
+        self._tell()
         found: NDArray[np.float32] = logits.astype(np.float32, copy=False)
         if moved and first and found.shape[1] > 1:
             if last:
@@ -299,7 +312,7 @@ class Steps:
     ) -> dict[str, NDArray[Any]]:
         new = ids.shape[1]
         feeds: dict[str, NDArray[Any]] = dict(self._fixed)
-        for name, info in self._model.inputs.items():
+        for name, info in self._model.fed:
             if name == "input_ids":
                 array: NDArray[Any] = ids
             elif name in ("attention_mask", "decoder_attention_mask"):
@@ -310,10 +323,8 @@ class Steps:
                 array = np.zeros_like(ids)
             elif name == "num_logits_to_keep":
                 array = np.array(1 if last and not self._is_ragged() else 0)
-            elif name == "use_cache_branch":
-                array = np.array([total > new])
             else:
-                continue
+                array = np.array([total > new])  # use_cache_branch
             if name == "num_logits_to_keep" and info.shape:
                 array = array.reshape(1)
             feeds[name] = np.asarray(array, info.dtype, order="C")
@@ -330,11 +341,11 @@ class Steps:
 
     def select(self, rows: NDArray[np.int64]) -> None:
         """Go on with these rows, in this order."""
-        self._mask = self._mask[rows]
+        self._mask, self._pads = self._mask[rows], self._pads[rows]
         self._fixed = {name: array[rows] for name, array in self._fixed.items()}
         if self._keeps:
             self._carry.select(rows)
-            self._held(self._carry.size)
+            self._tell()
         else:
             self._ids = self._ids[rows]
 
@@ -346,7 +357,6 @@ class Steps:
             self._carry.crop(length)
         else:
             self._ids = self._ids[:, :length]
-        self._mask = self._mask[:, :length]
         self._seen = length
 
     def close(self) -> None:

@@ -189,11 +189,12 @@ class InPlace(Carry):
         self._given: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
         self._filled = 0
         self._room = 0
+        self._size = 0
 
     @property
     def size(self) -> int:
         """Bytes that are held."""
-        return sum(one.nbytes for one in self._arrays.values())
+        return self._size
 
     def reserve(self, places: int) -> None:
         """Have room for so many places."""
@@ -219,6 +220,7 @@ class InPlace(Carry):
                 new[kept] = old[kept][rows]
             self._arrays[one.input] = new
         self._room, self._rows = room, len(rows)
+        self._size = sum(one.nbytes for one in self._arrays.values())
 
     def join(self, rows: Sequence[Carry]) -> None:
         """Go on with what these carry, each a row, and give them up."""
@@ -233,6 +235,7 @@ class InPlace(Carry):
                 whole[row : row + 1][one.first(part._filled)] = array[one.first(part._filled)]
             self._arrays[one.input] = whole
         self._rows = len(parts)
+        self._size = sum(one.nbytes for one in self._arrays.values())
 
     def run(
         self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
@@ -247,7 +250,8 @@ class InPlace(Carry):
         if self._shown == shape:
             into = [np.empty(*one) for one in self._given]
         found = self._bound.run(feeds, into, token)
-        self._shown, self._given = shape, [(one.shape, one.dtype) for one in found]
+        if into is None:
+            self._shown, self._given = shape, [(one.shape, one.dtype) for one in found]
         self._filled = places
         return found
 
@@ -263,6 +267,7 @@ class InPlace(Carry):
         """Give it back."""
         self.pause()
         self._arrays.clear()
+        self._size = 0
 
 
 def _no_places(name: str, model: str) -> UnsupportedModelError:
