@@ -247,7 +247,7 @@ class InPlace(Carry):
             shared = {one.input: (one.output, self._arrays[one.input]) for one in self._carried}
             self._bound = self._graph.bind(shared, outputs)
         shape, into = feeds["input_ids"].shape, None
-        if self._shown == shape:
+        if self._shown == shape and shape[1] == 1:  # of several tokens all logits, or the last
             into = [np.empty(*one) for one in self._given]
         found = self._bound.run(feeds, into, token)
         if into is None:
