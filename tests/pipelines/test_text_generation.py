@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def test_the_pieces_of_a_stream_are_the_text(write: Any) -> None:
     assert reasons == [None] * (len(pieces) - 1) + [result["finish_reason"]]
 
 
+def test_the_pieces_of_a_beam_search_come_at_its_end(write: Any) -> None:
+    pieces = list(write.stream(PROMPT, max_new_tokens=8, num_beams=3))
+    options = {"max_new_tokens": 8, "num_beams": 3, "return_full_text": False, "details": True}
+    [found] = write(PROMPT, **options)
+    assert "".join(map(str, pieces)) == found["generated_text"]
+    assert [piece.token for piece in pieces] == found["token_ids"]
+    assert pieces[-1].finish_reason == found["finish_reason"]
+
+
 def test_a_streamer_is_told_the_pieces_on_the_callers_thread(write: Any) -> None:
     told: list[Any] = []
     threads = set()
@@ -99,18 +109,33 @@ def test_a_reader_who_walks_away_ends_the_writing_and_its_cache(write: Any) -> N
     assert not receipt.reasons or "cancelled" not in str(receipt.reasons)
 
 
+def at_token(number: int, act: Callable[[], object]) -> Callable[[Any, Any], Any]:
+    """A processor that does something at a token, while the model waits; and none may follow."""
+    count = 0
+
+    def process(ids: Any, scores: Any) -> Any:
+        nonlocal count
+        count += 1
+        assert count <= number
+        if count == number:
+            act()
+        return scores
+
+    return process
+
+
 def test_a_dispose_cancels_a_stream_within_a_token(write: Any) -> None:
-    seen = []
+    disposing = threading.Thread(target=write.dispose, kwargs={"cancel": True})
 
-    def read() -> None:
-        for piece in write.stream(PROMPT, max_new_tokens=200):
-            seen.append(piece)
-            if len(seen) == 3:
-                threading.Thread(target=write.dispose, kwargs={"cancel": True}).start()
+    def dispose() -> None:
+        disposing.start()
+        while write.state.value == "ready":
+            os.sched_yield()
 
+    stream = write.stream(PROMPT, max_new_tokens=90, logits_processor=[at_token(3, dispose)])
     with pytest.raises(PipelineCancelledError):
-        read()
-    assert write.state.value in ("disposing", "disposed")
+        list(stream)
+    disposing.join()
     with pytest.raises(PipelineDisposedError):
         write("x")
 
@@ -376,8 +401,8 @@ def test_inputs_that_cannot_be_used_say_what_to_pass(llama: Any) -> None:
         llama(PROMPT * 1000)
     with pytest.raises(InputError, match="A stream is of one input"):
         next(llama.stream([PROMPT, PROMPT]))
-    with pytest.raises(InputError, match="one sequence that is known as it is written"):
-        next(llama.stream(PROMPT, num_beams=3))
+    with pytest.raises(InputError, match="A stream is of one sequence"):
+        next(llama.stream(PROMPT, num_beams=3, num_return_sequences=2))
 
 
 def test_a_chat_without_a_template_says_what_to_pass(tmp_path: Path) -> None:
@@ -442,19 +467,14 @@ def test_a_form_that_cannot_be_used_says_what_to_change(write: Any) -> None:
 
 
 def test_another_thread_cancels_a_stream_within_a_token(write: Any) -> None:
-    stream = write.stream(PROMPT, max_new_tokens=90, min_new_tokens=90)
-    seen: list[Any] = []
+    def cancel() -> None:
+        canceller = threading.Thread(target=lambda: stream.cancel())
+        canceller.start()
+        canceller.join()
 
-    def read() -> None:
-        for piece in stream:
-            seen.append(piece)
-            if len(seen) == 3:
-                canceller = threading.Thread(target=stream.cancel)
-                canceller.start()
-                canceller.join()
-
+    stream = write.stream(PROMPT, max_new_tokens=90, logits_processor=[at_token(3, cancel)])
     with pytest.raises(PipelineCancelledError):
-        read()
+        list(stream)
     assert stream.result is None
     assert write.memory.cache == 0
     assert write(PROMPT, max_new_tokens=2)
@@ -470,9 +490,10 @@ def test_a_stream_that_was_read_has_the_result_of_a_call(write: Any) -> None:
 
 def test_a_stream_on_an_event_loop_is_cancelled_and_closed_too(write: Any) -> None:
     async def cancelled() -> None:
-        async with write.astream(PROMPT, max_new_tokens=90, min_new_tokens=90) as stream:
-            async for _ in stream:
-                stream.cancel()
+        stop = at_token(3, lambda: stream.cancel())
+        stream = write.astream(PROMPT, max_new_tokens=90, logits_processor=[stop])
+        async with stream:
+            assert len([piece async for piece in stream]) < 3
 
     async def closed() -> Any:
         async with write.astream(PROMPT, max_new_tokens=90) as stream:

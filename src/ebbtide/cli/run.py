@@ -17,8 +17,10 @@ from ebbtide.errors import InputError
 from ebbtide.factory import PipelineOptions
 from ebbtide.pipelines import Pipeline, find
 
-_SEVERAL: Final = ("num_beams", "num_return_sequences")
-"""Options with which no text is known before its end, or there are several."""
+_IN_A_LIST: Final = frozenset(
+    {"text-classification", "text2text-generation", "summarization", "translation"}
+)
+"""Tasks that give a list for one text alone."""
 
 
 def run(
@@ -80,8 +82,8 @@ def _results(
         paired = [{"text": text, "text_pair": pair} for text in group]
         found = call(group if pair is None else paired, **options)
         for text, result in zip(group, found, strict=True):
-            # In a list, a text's only label is not wrapped in a list of its own.
-            bare = pipe.task == "text-classification" and isinstance(result, dict)
+            # In a list, a text's only result is not wrapped in a list of its own.
+            bare = pipe.task in _IN_A_LIST and isinstance(result, dict)
             yield text, [result] if bare else result
 
 
@@ -92,7 +94,7 @@ def _write(pipe: Pipeline, texts: Sequence[str], options: dict[str, Value]) -> N
     goes_on = pipe.task == "text-generation"
     if goes_on:
         options = {"return_full_text": False, **options}
-    several = any(type(options.get(one)) is int and options[one] != 1 for one in _SEVERAL)
+    several = options.get("num_return_sequences") not in (None, 1)
     for text in texts:
         end = "" if goes_on and not several else "\n"
         if not options.get("return_full_text"):

@@ -57,11 +57,12 @@ class _Stream:
     def __init__(self, token: CancelToken, results: Sequence[Sequence[Any]]) -> None:
         self._token = token
         self._results = results
+        self._is_read = False
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What a call would have given; None before the last piece has been read."""
-        return self._results[0][0] if self._results else None
+        """What a call would have given; None until the stream has been read to its end."""
+        return self._results[0][0] if self._is_read else None
 
     def cancel(self) -> None:
         """Stop the writing, from any thread: who reads it gets a `PipelineCancelledError`."""
@@ -90,7 +91,11 @@ class Stream(_Stream, Iterator[Piece]):
         self._pieces = pieces
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            self._is_read = bool(self._results)  # and was not closed before
+            raise
 
     def close(self) -> None:
         """Stop reading."""
@@ -116,7 +121,11 @@ class AsyncStream(_Stream, AsyncIterator[Piece]):
         self._pieces = pieces
 
     async def __anext__(self) -> Piece:
-        return await anext(self._pieces)
+        try:
+            return await anext(self._pieces)
+        except StopAsyncIteration:
+            self._is_read = bool(self._results)
+            raise
 
     async def aclose(self) -> None:
         """Stop reading, once the writing has stopped."""
@@ -182,13 +191,12 @@ class Understood(Generic[PromptT]):
     size: int
 
     def check_streamed(self) -> None:
-        """Raise where this is no one sequence that is known as it is written."""
+        """Raise where this is not one sequence."""
         if len(self.prompts) != 1:
             raise InputError("A stream is of one input: pass several one after another.")
-        if self.asked.config.num_beams > 1 or self.asked.config.num_return_sequences > 1:
+        if self.asked.config.num_return_sequences > 1:
             raise InputError(
-                "A stream is of one sequence that is known as it is written: pass no num_beams and"
-                " no num_return_sequences, or call the pipeline."
+                "A stream is of one sequence: leave num_return_sequences out, or call the pipeline."
             )
 
 
@@ -307,16 +315,19 @@ class GeneratingPipeline(Pipeline, Generic[PromptT]):
                 cleans=self.tokenizer.cleans,
             )
 
-            def told(written: Written) -> None:
-                number = int(written.ids[0])
+            def add(number: int, reason: str, chance: float | None) -> None:
                 piece = text.put(number)
-                reason = written.reasons[0] or None
-                if reason:
-                    piece += text.end()
+                tell(Piece(piece + text.end() if reason else piece, number, chance, reason or None))
+
+            def told(written: Written) -> None:
                 chance = None if written.logprobs is None else float(written.logprobs[0])
-                tell(Piece(piece, number, chance, reason))
+                add(int(written.ids[0]), written.reasons[0], chance)
 
             (found,) = self._generate([ids], call.asked, token, told)
+            if call.asked.config.num_beams > 1:  # nothing was known before
+                (row,) = found
+                for place, number in enumerate(row.ids, 1):
+                    add(number, row.reason if place == len(row.ids) else "", None)
             results.append([self._result(prompt, ids, one, call.shown) for one in found])
 
         return work

@@ -155,7 +155,8 @@ class Text2TextGenerationPipeline(GeneratingPipeline[Source]):
             inputs: One text.
             skip_special_tokens: Leave special tokens out of the text.
             logprobs: Whether each token's log-probability is wanted.
-            **options: As for `__call__`, without beams and several sequences.
+            **options: As for `__call__`, without several sequences; of a beam search the pieces
+                come at its end.
         """
         return self._stream_of(
             self._understood(inputs, skip_special_tokens, False, logprobs, None, options)

@@ -244,7 +244,8 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
             add_special_tokens: Begin a text as the model was taught.
             skip_special_tokens: Leave special tokens out of the text.
             prompt_lookup_num_tokens: As for `__call__`.
-            **options: As for `__call__`, without beams and several sequences.
+            **options: As for `__call__`, without several sequences; of a beam search the pieces
+                come at its end.
 
         Example:
             >>> import ebbtide
