@@ -382,6 +382,9 @@ def test_reasoning_and_calls_are_apart_from_what_is_said(
         ({"batch_size": 0}, InputError, "batch_size takes a whole number from 1"),
         ({"prompt_lookup_num_tokens": -1}, InputError, "whole number from 0"),
         ({"cache_prompt": 1}, OptionError, "takes True or False"),
+        ({"cache_prompt": True, "num_beams": 2}, InputError, "one sequence of each prompt"),
+        ({"prompt_lookup_num_tokens": 3, "num_beams": 2}, InputError, "one sequence of each"),
+        ({"prompt_lookup_num_tokens": 3, "guidance_scale": 2.0}, InputError, "leave one of them"),
     ],
 )
 def test_options_that_cannot_be_used_say_what_to_change(

@@ -308,7 +308,6 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         of_chats: dict[str, Any] = {
             name: options.pop(name) for name in _OF_CHATS if name in options
         }
-        options = dict(options)
         cached = yes_or_no("cache_prompt", options.pop("cache_prompt", False))
         structured = options.pop("structured", None)
         form = None if structured is None else Form.of(structured)
@@ -321,13 +320,16 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
                 " messages with role and content, or leave them out."
             )
         config = config_of(self._about.defaults, self.tokenizer.pad_id, options)
-        single = "assistant_model" if assistant else "cache_prompt" if cached else ""
+        lookup = whole("prompt_lookup_num_tokens", lookup, 0)
+        guesses = "assistant_model" if assistant else "prompt_lookup_num_tokens" if lookup else ""
+        single = guesses or ("cache_prompt" if cached else "")
         if single and (config.num_beams > 1 or config.num_return_sequences > 1):
             raise InputError(
                 f"{single} is for one sequence of each prompt: leave it out, or num_beams and"
                 " num_return_sequences."
             )
-        lookup = whole("prompt_lookup_num_tokens", lookup, 0)
+        if guesses and config.guidance_scale not in (None, 1):
+            raise InputError(f"{guesses} does not go with guidance_scale: leave one of them out.")
         return Understood(
             prompts,
             alone,
