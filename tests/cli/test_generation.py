@@ -82,3 +82,14 @@ def test_an_option_of_a_generation_that_contradicts_another_is_said(
     ended = ebbtide_run("run", "text-generation", "x", "--num-beam-groups=2", "--model", model)
     assert ended.code == 2
     assert "num_beam" in ended.err
+
+
+def test_scores_are_numbers_of_json(ebbtide_run: Any, model_of: Any) -> None:
+    words = ("--details", "--output-scores", "--logprobs", "--max-new-tokens=2", "--json")
+    ended = ebbtide_run(
+        "run", "text-generation", "x", *words, "--model", model_of["text-generation"]
+    )
+    [line] = ended.lines
+    [found] = line["result"]
+    assert len(found["scores"]) == len(found["logprobs"]) == len(found["token_ids"]) == 2
+    assert all(type(one) is float for one in found["scores"][0])

@@ -197,6 +197,8 @@ def _finite(value: Any) -> Any:
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_finite(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return _numbers(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
