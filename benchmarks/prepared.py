@@ -4,7 +4,8 @@
 
 MODEL is a folder: a text encoder, or for the part ``session`` any decoder whose inputs are tokens,
 a mask, positions and a past. Both sides use two threads; each is a process of its own, and they
-take turns. The parts:
+take turns. Attention is not fused here, so that both sides run one graph in one way: what fusing
+gives is in `generation.py`. The parts:
 
 - session: bytes of anonymous memory of a live session that has run and is idle, above the same
   process without it (the tokenizer is loaded before, on both sides); time to load it; time to run.
@@ -155,7 +156,7 @@ class Ebbtide:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.runtime, self.token = runtime, CancelToken("the benchmark")
-        self.options = runtime.SessionOptions(threads=THREADS)
+        self.options = runtime.SessionOptions(threads=THREADS, fuse=False)
         self._there(runtime.start)
 
     def _there(self, function: Callable[[], Any]) -> Any:
