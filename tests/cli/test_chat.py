@@ -235,7 +235,10 @@ def test_options_of_a_generation_go_along(ebbtide_run: Any) -> None:
     [
         (("--model", MODELS / "gen-gpt2"), "has no chat template"),
         (("--model", LLAMA, "--system", "be brief"), "no such role: system"),
-        (("--model", LLAMA, "--num-beams", "2"), "one sequence that is known as it is written"),
+        (
+            ("--model", LLAMA, "--num-beams=2", "--num-return-sequences=2"),
+            "A stream is of one sequence",
+        ),
         (("--model", LLAMA, "--temprature", "1"), "Did you mean 'temperature'?"),
         (("--model", LLAMA, "hello"), "chat takes no text"),
         (("--model", "./no/such/folder"), "There is no folder"),

@@ -334,7 +334,8 @@ class Conversation:
         answer = Answer({})
         began = time.perf_counter()
         # Each turn begins as the one before did.
-        with self.pipe.stream(asked, cache_prompt=True, **options) as pieces:
+        cached = options.get("num_beams") in (None, 1)
+        with self.pipe.stream(asked, cache_prompt=cached, **options) as pieces:
             try:
                 while (piece := stop.next(pieces) if stop else next(pieces, None)) is not None:
                     answer.seconds = time.perf_counter() - began
