@@ -149,6 +149,7 @@ class Lifecycle:
         working: Bytes that its calls added to the process and that are not given back yet.
         drowsy: Whether the disposer waits for its calls to end, to have it sleep.
         turn: Held while it goes to sleep or wakes; taken on threads of Ebbtide's own alone.
+        used: When, by `time.monotonic`, its last call ended, or it was made.
     """
 
     __slots__ = (
@@ -168,6 +169,7 @@ class Lifecycle:
         "running",
         "site",
         "turn",
+        "used",
         "working",
     )
 
@@ -183,6 +185,7 @@ class Lifecycle:
         self.resources: list[Releasable] = []
         self.running: dict[CancelToken, None] = {}
         self.working = 0
+        self.used = time.monotonic()
         self.caches: dict[object, int] = {}
         self.receipt: DisposalReceipt | None = None
         self.error: DisposalError | None = None
@@ -229,6 +232,7 @@ class Lifecycle:
     def leave(self, token: CancelToken) -> None:
         """Note that a call has ended."""
         self.running.pop(token, None)
+        self.used = time.monotonic()
         if not self.running and (self._ending or self.drowsy):
             self.disposer.drained(self)
 
@@ -346,9 +350,7 @@ class Lifecycle:
         if self.receipt is None and self.state is State.INHERITED:
             return unfinished(f"{self.label} was inherited through a fork and is left alone")
         if self.receipt is None and own_thread.is_own:
-            return unfinished(
-                "asked for from inside a running call: completes as that call unwinds"
-            )
+            return unfinished("asked for from inside a running call: completes as the call unwinds")
         if self.receipt is None:
             gate = OneShot()
             self.on_finished(gate.open)
@@ -368,9 +370,8 @@ class Lifecycle:
 class Disposable:
     """What a user holds: a wrapper that dispose empties.
 
-    A subclass is a context manager, sync and async; refuses to be copied or pickled; and, collected
-    without a dispose, is disposed all the same, with a `ResourceWarning` that says where it was
-    made.
+    A subclass is a context manager, sync and async; refuses to be copied or pickled; collected
+    without a dispose, it is disposed all the same, with a `ResourceWarning` that says its site.
     """
 
     def __init__(self, lifecycle: Lifecycle) -> None:
@@ -565,9 +566,8 @@ def dispose_all(
 def end_of_process(timeout: float) -> None:
     """Dispose what is left when the interpreter exits, cancelling what still runs."""
     deadline = time.monotonic() + timeout
-    lifecycles = tuple(_live.values())
     gates = []
-    for lifecycle in lifecycles:
+    for lifecycle in tuple(_live.values()):
         if lifecycle.state is State.INHERITED:
             continue
         lifecycle.request(cancel=True, collect=False)

@@ -1,0 +1,1 @@
+"""Ebbtide inside of other libraries and tools; each module needs only its own."""
