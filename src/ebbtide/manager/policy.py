@@ -1,0 +1,540 @@
+"""What sleeps and what is evicted when bytes are needed: a pure function of what there is.
+
+It knows no pipeline, clock or lock. `choose` gets all entries, the need and the time, and gives a
+`Plan`; the same input in any order gives the same plan. What a policy must remember between two
+choices is in each entry's `Use`, which `History` keeps, also of models that are not loaded now.
+
+- Nothing that is leased, pinned or loading is ever taken.
+- The *first step* of an entry is to sleep, which keeps its tokenizer; of one that cannot sleep, to
+  be evicted. What sleeps is evicted only where all first steps together are not enough.
+- No step is needless: without any one of them the plan would not be enough.
+- Where nothing is enough, nothing is taken.
+
+The policy "cost" takes first what is worth least a byte: how often it will be used, times the
+seconds to have it back, by the bytes that it frees. That is what GreedyDual-Size-Frequency
+(Cherkasova 1998) ranks by, but with a rate of use where that has a count and a clock. The rate is 1
+by the mean gap between uses, in which the time since the last use counts as the newest gap. So
+what is used often is known after a few uses, whatever the window; what is no longer used falls by
+itself when popularity shifts; and what was used once, as in a scan, is worth little although it
+is new. Time is counted in *turns*, and a burst of one model is a single turn: it neither ages the
+others nor makes its model look popular.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+from ebbtide.errors import InputError, nearest, unknown_value
+
+LEARN = 0.25
+"""The share of the newest gap in the mean gap."""
+FIRST_GAP = 200.0
+"""The mean gap, in turns, of what was used once."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Use:
+    """How one model was used until now.
+
+    A turn ends when another model is used than before. A user may keep one of these for a model
+    that is not loaded: it weighs nothing.
+
+    Attributes:
+        at: When it was used last, in seconds of the caller's clock.
+        turn: The turn of that use.
+        count: How many times it was used.
+        gap: The mean turns between its uses, in which the newest count most; above 0.
+    """
+
+    at: float
+    turn: int = 0
+    count: int = 1
+    gap: float = FIRST_GAP
+
+    def again(self, at: float, turn: int) -> Use:
+        """This, after one more use.
+
+        Example:
+            >>> Use(at=5.0, turn=1, gap=100.0).again(9.0, turn=61)
+            Use(at=9.0, turn=61, count=2, gap=90.0)
+        """
+        gap = self.gap
+        if turn > self.turn:
+            gap += LEARN * (turn - self.turn - gap)
+        return Use(at, max(turn, self.turn), self.count + 1, gap)
+
+
+class History:
+    """The uses of every model that was ever asked for, loaded or not, and the turn it is.
+
+    It reads no clock and takes no lock: its owner does.
+
+    Attributes:
+        turn: How many times another model was used than before.
+
+    Example:
+        >>> history = History()
+        >>> history.used("a", 1.0), history.used("a", 2.0).count
+        (Use(at=1.0, turn=1, count=1, gap=200.0), 2)
+        >>> history.used("b", 3.0).turn
+        2
+    """
+
+    __slots__ = ("_last", "_uses", "turn")
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self._last: str | None = None
+        self._uses: dict[str, Use] = {}
+
+    def used(self, key: str, now: float) -> Use:
+        """Note a use, and say what is known of the model now."""
+        if key != self._last:
+            self._last = key
+            self.turn += 1
+        before = self._uses.get(key)
+        use = before.again(now, self.turn) if before else Use(now, self.turn)
+        self._uses[key] = use
+        return use
+
+    def of(self, key: str) -> Use | None:
+        """What is known of a model, or None where it was never used."""
+        return self._uses.get(key)
+
+    def forget(self, key: str) -> None:
+        """Know nothing of a model any more."""
+        self._uses.pop(key, None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """What a policy knows of one pipeline.
+
+    Attributes:
+        key: Its name, which no other entry has.
+        bytes_awake: What it holds when it is awake.
+        bytes_asleep: What it still holds when it sleeps, as its tokenizer.
+        reload_seconds: How long it takes to load it again after it was evicted.
+        wake_seconds: How long it takes to wake it.
+        use: How it was used until now.
+        leased: Whether somebody holds it.
+        pinned: Whether it is to stay.
+        loading: Whether it is being loaded or woken.
+        asleep: Whether it sleeps.
+        sleepable: Whether it can sleep.
+        keep_until: Until when it was asked to be kept, by the clock of ``use``; or for ever.
+
+    Raises:
+        InputError: Bytes or seconds are negative or not a number, or asleep it holds more.
+    """
+
+    key: str
+    bytes_awake: int
+    bytes_asleep: int = 0
+    reload_seconds: float = 0.0
+    wake_seconds: float = 0.0
+    use: Use = Use(0.0)
+    leased: bool = False
+    pinned: bool = False
+    loading: bool = False
+    asleep: bool = False
+    sleepable: bool = True
+    keep_until: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bytes_asleep <= self.bytes_awake < math.inf:
+            raise InputError(
+                f"{self.key!r} has {self.bytes_asleep} bytes asleep and {self.bytes_awake} awake."
+                " Give counts of 0 or more, and no more asleep than awake.",
+                value=(self.bytes_asleep, self.bytes_awake),
+            )
+        if not (0 <= self.reload_seconds < math.inf and 0 <= self.wake_seconds < math.inf):
+            raise InputError(
+                f"{self.key!r} takes {self.reload_seconds} s to load and {self.wake_seconds} s to"
+                " wake. Give finite seconds of 0 or more.",
+                value=(self.reload_seconds, self.wake_seconds),
+            )
+        if math.isnan(self.keep_until):
+            raise InputError(
+                f"keep_until of {self.key!r} is not a number. Give a time, or math.inf for ever."
+            )
+
+    @property
+    def held(self) -> int:
+        """The bytes that it holds now."""
+        return self.bytes_asleep if self.asleep else self.bytes_awake
+
+    @property
+    def busy(self) -> str:
+        """Why it cannot be taken, in a word; empty where it can."""
+        if self.leased:
+            return "leased"
+        return "pinned" if self.pinned else "loading" if self.loading else ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """What is asked for.
+
+    Attributes:
+        bytes: How many bytes are to come free, 0 or more.
+
+    Raises:
+        InputError: The bytes are negative or not a number.
+    """
+
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bytes < math.inf:
+            raise InputError(
+                f"A need of {self.bytes} bytes is none. Give a count of 0 or more.",
+                value=self.bytes,
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One thing to do.
+
+    Attributes:
+        entry: The entry as it was.
+        action: "sleep" or "evict".
+        bytes: What comes free by it.
+        policy: The policy's name.
+        at: The time of the choice.
+    """
+
+    entry: Entry
+    action: Literal["sleep", "evict"]
+    bytes: int
+    policy: str
+    at: float
+
+    @property
+    def key(self) -> str:
+        """The entry's key."""
+        return self.entry.key
+
+    @property
+    def seconds(self) -> float:
+        """What it takes to have the entry back."""
+        entry = self.entry
+        return entry.wake_seconds if self.action == "sleep" else entry.reload_seconds
+
+    @property
+    def reason(self) -> str:
+        """What it gives, what it costs, and why this one, in words."""
+        entry = self.entry
+        since = f"{max(0.0, self.at - entry.use.at):.0f} s ago"
+        why = f"used {since}"
+        if self.policy in {"cost", "lfu"}:
+            times = "once" if entry.use.count == 1 else f"{entry.use.count} times"
+            why = f"used {times}, last {since}"
+        elif self.policy == "ttl":
+            left = entry.keep_until - self.at
+            why = "kept for ever" if left == math.inf else f"to be kept for {left:.0f} s"
+            why = why if left > 0 else f"its time ended {-left:.0f} s ago"
+        return f"frees {_mb(self.bytes)}, back in {self.seconds:.2f} s; {why} ({self.policy})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do so that the bytes come free.
+
+    Attributes:
+        steps: What to do, what is worth least first; empty where nothing is enough.
+        needed: The bytes asked for.
+        possible: The bytes that could come free at most.
+        kept: The keys of what may not be taken, each with the reason in a word.
+    """
+
+    steps: tuple[Step, ...]
+    needed: int
+    possible: int
+    kept: Mapping[str, str]
+
+    @property
+    def sleep(self) -> tuple[str, ...]:
+        """The keys of what is to sleep."""
+        return tuple(step.key for step in self.steps if step.action == "sleep")
+
+    @property
+    def evict(self) -> tuple[str, ...]:
+        """The keys of what is to be evicted."""
+        return tuple(step.key for step in self.steps if step.action == "evict")
+
+    @property
+    def freed(self) -> int:
+        """The bytes that come free."""
+        return sum(step.bytes for step in self.steps)
+
+    @property
+    def enough(self) -> bool:
+        """Whether that is what was needed."""
+        return self.freed >= self.needed
+
+    def __str__(self) -> str:
+        """Lines for a person.
+
+        Example:
+            >>> print(choose("lru", [Entry("a", 90_000_000)], Need(10_000_000), now=60.0))
+            90.0 MB come free, 10.0 MB are needed
+            sleep a: frees 90.0 MB, back in 0.00 s; used 60 s ago (lru)
+        """
+        if self.enough:
+            head = f"{_mb(self.freed)} come free, {_mb(self.needed)} are needed"
+        else:
+            head = f"{_mb(self.needed)} are needed, and at most {_mb(self.possible)} can come free"
+            if self.kept:
+                head += ": " + ", ".join(f"{key} is {why}" for key, why in self.kept.items())
+        return "\n".join([head, *(f"{one.action} {one.key}: {one.reason}" for one in self.steps)])
+
+
+Order = Sequence[str] | Mapping[str, float]
+"""What a policy of the user's gives: keys, the first to go first, or a score for each key, of which
+the lowest go first. What it leaves out is kept."""
+
+Policy = str | Callable[[Sequence[Entry], Need, float], Order]
+"""The name of a policy, or a function of the entries that may be taken, the need, and the time."""
+
+POLICIES: Mapping[str, str] = {
+    "cost": "what is worth least a byte: how often it is used, by the seconds to have it back",
+    "lru": "what was not used for the longest time",
+    "lfu": "what was used the fewest times",
+    "ttl": "what was to be kept the shortest time from now",
+}
+"""The policies by name, each with what goes first."""
+
+_Ranked = tuple[float, float, str, Entry]
+"""A score, of which the lowest goes first, and what decides among equals."""
+
+
+def choose(policy: Policy, entries: Iterable[Entry], need: Need, now: float) -> Plan:
+    """What to put to sleep and what to evict.
+
+    Args:
+        policy: "cost", "lru", "lfu", "ttl", or a function (see `Policy`).
+        entries: All there are. The newest turn among them is taken for the present one.
+        need: How many bytes are to come free.
+        now: The time, by the clock of the entries.
+
+    Returns:
+        The plan; its steps are empty where nothing is needed, or where nothing is enough.
+
+    Raises:
+        InputError: There is no such policy, two entries have one key, or a function gave keys that
+            do not exist or scores that are not numbers.
+
+    Example:
+        >>> old, new = Entry("old", 50, use=Use(at=1.0)), Entry("new", 50, use=Use(at=2.0))
+        >>> choose("lru", [new, old], Need(40), now=3.0).sleep
+        ('old',)
+        >>> choose(lambda entries, need, now: ["new", "old"], [new, old], Need(40), now=3.0).sleep
+        ('new',)
+    """
+    if not callable(policy) and policy not in POLICIES:
+        raise unknown_value("policy", policy, POLICIES)
+    everything = list(entries)
+    if len({entry.key for entry in everything}) < len(everything):
+        raise _twice([entry.key for entry in everything], "entries")
+    free = [one for one in everything if not (one.leased or one.pinned or one.loading)]
+    order: dict[str, float] | None = None
+    if callable(policy):
+        free.sort(key=lambda entry: entry.key)
+        order = _scores(policy(tuple(free), need, now), free)
+        free = [entry for entry in free if entry.key in order]
+    possible = sum([entry.bytes_asleep if entry.asleep else entry.bytes_awake for entry in free])
+    steps: list[Step] = []
+    if 0 < need.bytes <= possible:
+        turn = max([entry.use.turn for entry in everything])
+        name = policy if isinstance(policy, str) else "your policy"
+        firsts = [one for one in free if not one.asleep]
+        chosen = _take(_ranked(name, order, firsts, turn, False), need.bytes, _first)
+        missing = need.bytes - sum([freed for _, freed in chosen])
+        evicted: list[tuple[Entry, int]] = []
+        if missing > 0:
+            rest = [one for one in free if one.asleep or _sleeps(one)]
+            evicted = _take(_ranked(name, order, rest, turn, True), missing, _asleep)
+        steps = _least(chosen, evicted, need.bytes, name, now)
+    kept = {one.key: one.busy for one in everything if one.leased or one.pinned or one.loading}
+    return Plan(tuple(steps), need.bytes, possible, dict(sorted(kept.items())))
+
+
+def expired(entries: Iterable[Entry], now: float) -> tuple[str, ...]:
+    """The keys of what may go because its keep-alive is over, the one that ended first at first.
+
+    Example:
+        >>> expired([Entry("a", 1, keep_until=5.0), Entry("b", 1)], now=6.0)
+        ('a',)
+    """
+    over = [entry for entry in entries if entry.keep_until <= now and not entry.busy]
+    return tuple(one.key for one in sorted(over, key=lambda one: (one.keep_until, one.key)))
+
+
+def rate(use: Use, turn: int) -> float:
+    """How many times a turn something is likely to be used, at ``turn``.
+
+    Example:
+        >>> often, once = Use(0.0, turn=90, gap=10.0), Use(0.0, turn=100)
+        >>> rate(often, 100), rate(often, 900) < rate(once, 100)
+        (0.1, True)
+    """
+    return 1.0 / (use.gap + LEARN * (turn - use.turn - use.gap))
+
+
+def _sleeps(entry: Entry) -> bool:
+    """Whether its first step is to sleep: it can, and something comes free by it."""
+    return entry.sleepable and not entry.asleep and entry.bytes_asleep < entry.bytes_awake
+
+
+def _first(entry: Entry) -> int:
+    """What its first step frees."""
+    return entry.bytes_awake - entry.bytes_asleep if _sleeps(entry) else entry.bytes_awake
+
+
+def _asleep(entry: Entry) -> int:
+    """What evicting it frees once it sleeps."""
+    return entry.bytes_asleep
+
+
+def _ranked(
+    name: str, order: dict[str, float] | None, entries: list[Entry], turn: int, evicting: bool
+) -> list[_Ranked]:
+    """The entries as a heap, what goes first at its top."""
+    if order is not None:
+        ranked = [(order[one.key], 0.0, one.key, one) for one in entries]
+    elif name == "lru":
+        ranked = [(one.use.at, 0.0, one.key, one) for one in entries]
+    elif name == "lfu":
+        ranked = [(float(one.use.count), one.use.at, one.key, one) for one in entries]
+    elif name == "ttl":
+        ranked = [(one.keep_until, one.use.at, one.key, one) for one in entries]
+    else:
+        ranked = _by_worth(entries, turn, evicting)
+    heapq.heapify(ranked)
+    return ranked
+
+
+def _by_worth(entries: list[Entry], turn: int, evicting: bool) -> list[_Ranked]:
+    """By the seconds a turn and byte that the first step loses, or evicting what sleeps.
+
+    One loop with no calls but one: it is most of the time that a choice takes.
+    """
+    ranked = []
+    for entry in entries:
+        seconds, freed = entry.reload_seconds, entry.bytes_awake
+        if evicting:
+            freed = entry.bytes_asleep
+        elif entry.sleepable and entry.bytes_asleep < freed:
+            seconds, freed = entry.wake_seconds, freed - entry.bytes_asleep
+        use = entry.use
+        ranked.append((rate(use, turn) * seconds / (freed or 1), use.at, entry.key, entry))
+    return ranked
+
+
+def _take(
+    ranked: list[_Ranked], needed: int, frees: Callable[[Entry], int]
+) -> list[tuple[Entry, int]]:
+    """What goes, in order, until that is enough; what frees nothing is left alone."""
+    taken = []
+    while ranked and needed > 0:
+        entry = heapq.heappop(ranked)[-1]
+        freed = frees(entry)
+        if freed > 0:
+            taken.append((entry, freed))
+            needed -= freed
+    return taken
+
+
+def _least(
+    firsts: list[tuple[Entry, int]],
+    evicted: list[tuple[Entry, int]],
+    needed: int,
+    name: str,
+    now: float,
+) -> list[Step]:
+    """The steps without those that are not needed; what is worth most is spared first.
+
+    What both sleeps and is evicted is one step. Each that is spared makes it only harder to spare
+    another, so one look at each is enough.
+    """
+    spare = sum([freed for _, freed in firsts]) + sum([freed for _, freed in evicted]) - needed
+    also: dict[str, int] = {}
+    for entry, freed in reversed(evicted):
+        if freed <= spare:
+            spare -= freed
+        else:
+            also[entry.key] = freed
+    steps = []
+    for entry, freed in reversed(firsts):
+        more = also.get(entry.key, 0)
+        if freed + more <= spare:
+            spare -= freed + more
+            also.pop(entry.key, None)
+        else:
+            steps.append(
+                Step(
+                    entry,
+                    "sleep" if _sleeps(entry) and not more else "evict",
+                    freed + more,
+                    name,
+                    now,
+                )
+            )
+            also.pop(entry.key, None)
+    steps.reverse()
+    steps += [
+        Step(entry, "evict", freed, name, now) for entry, freed in evicted if entry.key in also
+    ]
+    return steps
+
+
+def _scores(given: object, entries: list[Entry]) -> dict[str, float]:
+    """What a function of the user's gave, as a score a key."""
+    if isinstance(given, Mapping):
+        scores = dict(given)
+    elif isinstance(given, Sequence) and all(isinstance(key, str) for key in given):
+        if isinstance(given, str):
+            raise _no_order(given)
+        if len(set(given)) < len(given):
+            raise _twice(given, "keys that the policy gave")
+        scores = {key: place for place, key in enumerate(given)}
+    else:
+        raise _no_order(given)
+    known = [entry.key for entry in entries]
+    for key in scores.keys() - set(known):
+        raise InputError(
+            f"The policy gave {key!r}, which is not a key of the entries that it got. Known:"
+            f" {', '.join(sorted(known))}.",
+            value=key,
+            nearest=nearest(str(key), known),
+        )
+    for key, score in scores.items():
+        if not isinstance(score, int | float) or math.isnan(score):
+            raise InputError(
+                f"The policy gave {key!r} the score {score!r}. Give numbers; the lowest go first.",
+                value=score,
+            )
+    return scores
+
+
+def _no_order(given: object) -> InputError:
+    return InputError(
+        f"The policy gave {type(given).__name__}. Return a sequence of keys, the first to go first,"
+        " or a mapping from key to score.",
+        value=given,
+    )
+
+
+def _twice(keys: Sequence[str], where: str) -> InputError:
+    again = next(key for place, key in enumerate(keys) if key in keys[:place])
+    return InputError(f"{again!r} is twice among the {where}. Give each one once.", value=again)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
