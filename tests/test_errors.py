@@ -34,6 +34,12 @@ EXAMPLES: list[tuple[type[ebbtide.EbbtideError], dict[str, Any]]] = [
     (errors.NotTransferableError, {}),
     (errors.DisposalError, {"errors": (OSError(),), "receipt": object()}),
     (errors.MissingExtraError, {"extra": "cli"}),
+    (errors.OutOfBudgetError, {"needed": 2, "available": 1, "budget": 3}),
+    (errors.LoadMemoryError, {"path": "model.onnx"}),
+    (errors.AcquireTimeoutError, {"pipeline": "the pipeline", "seconds": 1.5}),
+    (errors.PipelineInUseError, {"pipeline": "the pipeline", "sites": ("shop.py:3",)}),
+    (errors.ManagerBusyError, {}),
+    (errors.ManagerClosedError, {}),
 ]
 NAMES = [error.__name__ for error, _ in EXAMPLES]
 
@@ -57,6 +63,9 @@ def test_every_error_is_of_one_tree_and_public() -> None:
         (errors.ModelNotFoundError, LookupError),
         (errors.NotTransferableError, TypeError),
         (errors.MissingExtraError, ImportError),
+        (errors.OutOfBudgetError, MemoryError),
+        (errors.LoadMemoryError, MemoryError),
+        (errors.AcquireTimeoutError, TimeoutError),
         (errors.DeviceNotAvailableError, errors.LoadError),
         (errors.PipelineInheritedError, errors.PipelineDisposedError),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class EbbtideError(Exception):
@@ -21,7 +22,11 @@ class EbbtideError(Exception):
 def _rebuild(
     kind: type[EbbtideError], args: tuple[object, ...], attributes: dict[str, object]
 ) -> EbbtideError:
-    error = kind.__new__(kind, *args)
+    base: Any = kind  # of Python's own, the one it is built on: `MemoryError` need not be that
+    while base.__module__ != "builtins":
+        base = base.__base__
+    error: EbbtideError = base.__new__(kind, *args)
+    error.args = args
     error.__dict__.update(attributes)
     return error
 
@@ -122,6 +127,14 @@ class LoadError(EbbtideError):
         self.path = path
 
 
+class LoadMemoryError(LoadError, MemoryError):
+    """Memory ran out while a model was loaded: what it had taken was given back.
+
+    Attributes:
+        path: The file.
+    """
+
+
 class DeviceNotAvailableError(LoadError):
     """The device exists, but not here: the message names the package or the driver that is missing.
 
@@ -182,6 +195,36 @@ class PipelineCancelledError(EbbtideError):
         self.pipeline = pipeline
 
 
+class WorkerCrashedError(EbbtideError):
+    """A pipeline's own process ended without being asked to; this process is unhurt.
+
+    The pipeline starts a new one at its next call, unless it was made with ``restart="never"``.
+
+    Attributes:
+        pipeline: What the pipeline was, as its repr says it.
+        running: What ran there, one text a call; empty where nothing did.
+        status: Its exit status; the signal's number, negative, where one ended it; None where
+            nobody knows.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pipeline: str,
+        running: tuple[str, ...] = (),
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.pipeline = pipeline
+        self.running = running
+        self.status = status
+
+
+class WorkerMemoryError(WorkerCrashedError, MemoryError):
+    """A pipeline's own process needed more memory than it may take: see its ``memory_limit``."""
+
+
 class NotTransferableError(EbbtideError, TypeError):
     """A pipeline cannot be copied or pickled: it is a place in this process's memory."""
 
@@ -198,6 +241,58 @@ class DisposalError(EbbtideError):
         super().__init__(message)
         self.errors = errors
         self.receipt = receipt
+
+
+class AcquireTimeoutError(EbbtideError, TimeoutError):
+    """A pipeline was not to be had from its manager in time: the message says for want of what.
+
+    Attributes:
+        pipeline: Which one.
+        seconds: How long it was waited for.
+    """
+
+    def __init__(self, message: str, *, pipeline: str, seconds: float) -> None:
+        super().__init__(message)
+        self.pipeline = pipeline
+        self.seconds = seconds
+
+
+class ManagerBusyError(EbbtideError):
+    """Too many wait for pipelines of a manager already."""
+
+
+class ManagerClosedError(EbbtideError):
+    """The manager was closed: make a new one."""
+
+
+class PipelineInUseError(EbbtideError):
+    """A pipeline that was to go was leased for all the time that could be waited.
+
+    Attributes:
+        pipeline: Which one.
+        sites: Where its leases were asked for, as ``file:line``.
+    """
+
+    def __init__(self, message: str, *, pipeline: str, sites: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.pipeline = pipeline
+        self.sites = sites
+
+
+class OutOfBudgetError(EbbtideError, MemoryError):
+    """What is asked for can never fit into the memory budget: the message has the sum.
+
+    Attributes:
+        needed: Bytes that it takes.
+        available: Bytes that could be had for it.
+        budget: Bytes that the whole process may hold.
+    """
+
+    def __init__(self, message: str, *, needed: int, available: int, budget: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+        self.budget = budget
 
 
 class MissingExtraError(EbbtideError, ImportError):

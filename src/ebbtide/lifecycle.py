@@ -150,6 +150,7 @@ class Lifecycle:
         drowsy: Whether the disposer waits for its calls to end, to have it sleep.
         turn: Held while it goes to sleep or wakes; taken on threads of Ebbtide's own alone.
         used: When, by `time.monotonic`, its last call ended, or it was made.
+        lent: Where a manager owns it, gives its leases, each with where it was asked for.
     """
 
     __slots__ = (
@@ -163,6 +164,7 @@ class Lifecycle:
         "drowsy",
         "error",
         "label",
+        "lent",
         "owner",
         "receipt",
         "resources",
@@ -190,6 +192,7 @@ class Lifecycle:
         self.receipt: DisposalReceipt | None = None
         self.error: DisposalError | None = None
         self.owner: weakref.ref[Disposable] | None = None
+        self.lent: Callable[[], list[tuple[weakref.ref[Any], str]]] | None = None
         self._finished: list[Callable[[], None]] = []
         _live[id(self)] = self
 
@@ -361,8 +364,7 @@ class Lifecycle:
     def inherit(self) -> None:
         """In a forked child: become inherited, and leave every native object alone for ever."""
         self.state = State.INHERITED
-        self.running.clear()
-        self._finished.clear()
+        self.running, self._finished = {}, []
         for resource in self.resources:
             resource.leak()
 
@@ -553,8 +555,7 @@ def dispose_all(
     for lifecycle in lifecycles:
         lifecycle.request(timeout=timeout, cancel=cancel, collect=collect)
     receipts = [lifecycle.wait() for lifecycle in lifecycles]
-    errors = [life.error for life in lifecycles if life.error is not None]
-    if errors:
+    if errors := [life.error for life in lifecycles if life.error is not None]:
         raise DisposalError(
             f"{len(errors)} of {len(lifecycles)} disposals had failing releases: {errors[0]}",
             errors=tuple(cause for error in errors for cause in error.errors),
@@ -571,9 +572,8 @@ def end_of_process(timeout: float) -> None:
         if lifecycle.state is State.INHERITED:
             continue
         lifecycle.request(cancel=True, collect=False)
-        gate = threading.Event()
-        lifecycle.on_finished(gate.set)
-        gates.append(gate)
+        gates.append(threading.Event())
+        lifecycle.on_finished(gates[-1].set)
     for gate in gates:
         gate.wait(max(0.0, deadline - time.monotonic()))
 

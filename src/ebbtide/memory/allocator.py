@@ -82,6 +82,8 @@ class Allocator:
             self.empty_thread_cache()
             if not own_thread.is_native:
                 self.tell_threads()
+        if self._ballasts:
+            self._give_back()  # joins freed chunks to the tops, which else do not shrink
         with self.shrinking():
             for thread in tuple(self._ballasts):
                 self.drop_ballast(thread)

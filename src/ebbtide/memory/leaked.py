@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
+from typing import Any
 
 from ebbtide.errors import InputError
 from ebbtide.lifecycle import Lifecycle, live
@@ -16,7 +18,7 @@ class Leak:
 
     Attributes:
         pipeline: Which one, for people.
-        site: Where it was made, as ``file:line``.
+        site: Where it was made, as ``file:line``; of a manager's, where it was leased.
         charged: Bytes that disposing it would give back.
         idle: Seconds since its last call ended, or since it was made.
         why: Why it is one, in words.
@@ -84,7 +86,9 @@ def lifecycles() -> list[Lifecycle]:
 
 
 def left_behind(lifecycle: Lifecycle) -> Leak | None:
-    """A pipeline as a leak, though it be in use; None if it is gone meanwhile."""
+    """A pipeline as a leak, though it be in use; None if it is gone, or a manager keeps it."""
+    if lifecycle.lent is not None:
+        return _lent(lifecycle, lifecycle.lent(), 0.0)
     about = _held(lifecycle)
     if about is None:
         return None
@@ -92,12 +96,33 @@ def left_behind(lifecycle: Lifecycle) -> Leak | None:
 
 
 def _leak(lifecycle: Lifecycle, idle: float | None) -> Leak | None:
+    if lifecycle.lent is not None:
+        return _lent(lifecycle, lifecycle.lent(), idle)
     about = _held(lifecycle)
-    why = None if about is None else _why(about)
-    if why is None and about is not None and not about.in_use and idle is not None:
+    why = None if about is None else _unwanted(lifecycle, about, idle)
+    return None if about is None or why is None else _described(lifecycle, about, why)
+
+
+def _lent(
+    lifecycle: Lifecycle, leases: list[tuple[weakref.ref[Any], str]], idle: float | None
+) -> Leak | None:
+    """A manager's pipeline: no leak, unless a lease of it is one."""
+    for lease, site in leases:
+        about = held(lease)
+        why = None if about is None else _unwanted(lifecycle, about, idle)
+        if about is not None and why is not None:
+            why = f"a lease that was not returned, {why}"
+            return dataclasses.replace(_described(lifecycle, about, why), site=site)
+    return None
+
+
+def _unwanted(lifecycle: Lifecycle, about: Held, idle: float | None) -> str | None:
+    """Why nobody needs something; None where somebody may."""
+    why = _why(about)
+    if why is None and not about.in_use and idle is not None:
         unused = _unused(lifecycle)
         why = f"not used for {unused:.0f} s, {_held_by(about)}" if unused >= idle else None
-    return None if about is None or why is None else _described(lifecycle, about, why)
+    return why
 
 
 def _held(lifecycle: Lifecycle) -> Held | None:

@@ -70,6 +70,11 @@ class Activity:
         """Whether something goes on now."""
         return bool(self._active)
 
+    @property
+    def going_on(self) -> int:
+        """How many things go on now."""
+        return len(self._active)
+
     def forget(self) -> None:
         """In a forked child: nothing goes on here."""
         self._active.clear()
@@ -260,11 +265,15 @@ class Ledger:
 
     Args:
         activity: Where loads are noted, so that their windows know whether they were quiet.
+
+    Attributes:
+        changes: Another number whenever what an owner holds may be another.
     """
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity
         self._quiet_charges: dict[Hashable, int] = {}
+        self.changes = 0
         self.forget()
 
     def forget(self) -> None:
@@ -298,6 +307,7 @@ class Ledger:
                     entry = self._entries[key] = _Entry(key, kind)
                 elif entry.value is not None:
                     entry.owners += 1
+                    self.changes += 1
                 else:
                     entry.waiting.append(loaded)
                 value = entry.value
@@ -310,7 +320,9 @@ class Ledger:
             token.detach(loaded.set)
 
     def _load(self, entry: _Entry, load: Callable[[], NativeT]) -> Lease[NativeT]:
-        window = self._activity.begin().measure()
+        window = self._activity.begin()
+        allocator.trim()  # else it may lie in what calls freed, and seem to take less than it does
+        window.measure()
         try:
             value = load()
         except BaseException:
@@ -349,6 +361,7 @@ class Ledger:
         else:
             charge = self._quiet_charges.get(key, charge if value.measured is None else sys.maxsize)
         entry.charge = charge if value.measured is None else min(charge, value.measured)
+        self.changes += 1
 
     def rest(self, entry: _Entry) -> Sequence[Remains]:
         """One less has use of a thing; the last frees it for now. Called by leases only."""
@@ -365,7 +378,9 @@ class Ledger:
         with entry.turn:
             value = entry.value
             if not entry.awake and value is not None:
-                window = self._activity.begin().measure()
+                window = self._activity.begin()
+                allocator.trim()
+                window.measure()
                 try:
                     value.wake(token)
                 except BaseException:
@@ -382,12 +397,14 @@ class Ledger:
         for entry in entries:
             if entry.awake and value.measured is not None:
                 entry.charge, entry.quiet = value.measured, True
+        self.changes += 1
 
     def give_up(self, entry: _Entry, *, awake: bool) -> Sequence[Remains]:
         """One owner less; called by leases only."""
         with self._lock:
             entry.owners -= 1
             value = entry.value
+            self.changes += 1
             last = not entry.owners
             if last:
                 del self._entries[entry.key]

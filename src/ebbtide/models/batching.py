@@ -145,7 +145,9 @@ def answers(
         width = max(lengths) if work.one_width else 0
         widths = [max(one, width) for one in lengths]
         lanes = model.lanes if sum(widths) > BATCH_TOKENS else 1
-        plan = batches(widths, size=size, tokens=LANE_TOKENS if lanes > 1 else BATCH_TOKENS)
+        most = LANE_TOKENS if lanes > 1 else BATCH_TOKENS
+        fitting = model.tokens_that_fit(max(widths), most)
+        plan = batches(widths, size=size, tokens=fitting)
         lanes = min(lanes, len(plan))
         run = partial(_run, model, work, token, width, lanes > 1)
         together = [[rows[place] for place in places] for places in plan]

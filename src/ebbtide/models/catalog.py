@@ -7,8 +7,9 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from ebbtide.errors import DownloadError, InputError, ModelNotFoundError
 from ebbtide.hub import ModelFiles, Repository, default_root, is_id
@@ -16,6 +17,8 @@ from ebbtide.models.config import ModelConfig
 from ebbtide.models.loading import LoadOptions
 from ebbtide.models.onnx_files import available
 from ebbtide.models.tokenizer import TOKENIZER_FILES
+from ebbtide.runtime import devices, providers
+from ebbtide.runtime.prepare import known_copy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,6 +197,104 @@ def summarise(
         dtype=", ".join(dict.fromkeys(one.dtype for one in chosen)),
         dtypes=tuple(dtype for dtype in first if all(dtype in some for some in others)),
         files=tuple(ModelFile(one, *files.look(one)) for one in names if files.has(one)),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadEstimate:
+    """What a pipeline will take, by its files alone. All in bytes.
+
+    Attributes:
+        model: The model's name.
+        dtype: What its files are in.
+        content: Files and sizes as text: another for another model.
+        session: Anonymous memory of its sessions.
+        tokenizer: Anonymous memory of its tokenizer.
+        peak: Anonymous memory at most while they are loaded.
+        mapped: What is mapped of prepared copies.
+        devices: What its sessions take on devices that have memory of their own.
+    """
+
+    model: str
+    dtype: str
+    content: str
+    session: int
+    tokenizer: int
+    peak: int
+    mapped: int
+    devices: Mapping[str, int]
+
+
+TIMES_THE_FILE: Final = {"fp32": 1.05, "fp16": 2.1, "q8": 4.0, "int8": 4.0, "uint8": 4.0}
+"""Anonymous bytes of a session by those of its file: what is quantised is unfolded at the load."""
+TIMES_A_SMALL_FILE: Final = 2.0
+"""The same of all other dtypes, of 4 bits and fewer."""
+TIMES_WHILE_LOADING: Final = 1.0
+"""How many times the file comes on top while it is loaded."""
+_WITH_MEMORY: Final = frozenset({"cuda", "dml"})
+"""Devices that have memory of their own."""
+_ON_A_DEVICE: Final = 1.2
+"""Bytes on a device by those of the file."""
+TIMES_THE_TOKENIZER: Final = 13
+"""Anonymous bytes of a tokenizer by those of its file."""
+
+
+def estimate(
+    files: ModelFiles,
+    options: LoadOptions,
+    extra: Sequence[str],
+    stems: Sequence[str],
+    *,
+    fetch: bool,
+) -> LoadEstimate:
+    """What a load will take.
+
+    Args:
+        files: The model.
+        options: What the user chose.
+        extra: Further files that the task reads, where the model has them.
+        stems: Which files it is of, as in ``encoder_model``.
+        fetch: Download its files.
+    """
+    config = ModelConfig.read(files)
+    chosen = {stem: options.choose(files, config, stem) for stem in stems}
+    graphs = [name for file in chosen.values() for name in (file.name, *file.parts)]
+    if fetch:
+        files.fetch([*graphs, *TOKENIZER_FILES, *extra])
+    tokenizer = TIMES_THE_TOKENIZER * sum(
+        files.look(one)[0] for one in TOKENIZER_FILES[:1] if files.has(one)
+    )
+    session = mapped = transient = 0
+    on_devices: dict[str, int] = {}
+    sizes = []
+    for stem, file in chosen.items():
+        size = sum(files.look(one)[0] for one in (file.name, *file.parts))
+        sizes.append(f"{file.name}:{size}")
+        named = options.device_of(options.stem_of(stem), config)
+        device = devices.candidates(named, providers())[0]
+        if device.name in _WITH_MEMORY:
+            place = f"{device.name}:{device.index}"
+            on_devices[place] = on_devices.get(place, 0) + int(size * _ON_A_DEVICE)
+        path = files.find(file.name) if files.look(file.name)[1] else None
+        copy = None
+        if path is not None and device.name == "cpu":
+            copy = known_copy(path, options.session_options)
+        if copy is not None:
+            session += copy.anonymous
+            mapped += copy.mapped
+            sizes.append("prepared")
+        else:
+            session += int(size * TIMES_THE_FILE.get(file.dtype, TIMES_A_SMALL_FILE))
+            transient = max(transient, int(size * TIMES_WHILE_LOADING))
+    return LoadEstimate(
+        model=files.name,
+        dtype=", ".join(dict.fromkeys(file.dtype for file in chosen.values())),
+        content=" ".join(sizes),
+        session=session,
+        tokenizer=tokenizer,
+        peak=session + tokenizer + transient,
+        mapped=mapped,
+        devices=on_devices,
     )
 
 

@@ -114,6 +114,11 @@ class TextEncoder:
         session = self._session.value
         return 1 if session is None else session.lanes
 
+    def tokens_that_fit(self, length: int, most: int) -> int:
+        """How many tokens a batch may have; less than ``most`` where memory is limited."""
+        session = self._session.value
+        return most if session is None else session.tokens_that_fit(length, most)
+
     def forward(
         self, batch: Batch, token: CancelToken, *, in_lane: bool = False
     ) -> list[NDArray[Any]]:

@@ -22,7 +22,9 @@ from ebbtide.lifecycle import Remains
 from ebbtide.memory.allocator import allocator
 from ebbtide.memory.ledger import Lease, Native, activity, ledger
 from ebbtide.memory.reaper import reaper
+from ebbtide.memory.workspace import Graph, guess, workspace
 from ebbtide.runtime import devices, prepare
+from ebbtide.runtime.admission import AdmittedBound, shape_of
 from ebbtide.runtime.identity import mark, mentions
 from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
@@ -38,6 +40,7 @@ from ebbtide.runtime.store import DATA, Held, cpu_features
 from ebbtide.runtime.threads import native_threads
 
 _IN_PLACE: Final = b"GroupQueryAttention"
+_LET_IN: Final = contextlib.nullcontext()
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,6 +62,8 @@ class _Use:
     lane_runs: int = 0
     has_lanes: bool = True
     in_place: bool | None = None
+    known_as: Graph | None = None
+    """What its runs are known by, in `ebbtide.memory.workspace`."""
 
     @contextlib.contextmanager
     def in_lane(self, options: SessionOptions, token: CancelToken) -> Iterator[OnnxSession]:
@@ -130,6 +135,7 @@ class GraphSession(Native):
     ) -> None:
         self.path = path
         self._files = {one: mark(one) for one in (path, *parts)}
+        self._size = sum(one.stat().st_size for one in self._files)
         self.options = options
         self._device_name = device
         self._lock = threading.Lock()
@@ -236,15 +242,50 @@ class GraphSession(Native):
         self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
     ) -> list[NDArray[Any]]:
         """Run it once; see `Session.run`. One that is asleep wakes."""
-        with self._used(token) as use:
+        with self._used(token) as use, self._admitted(use, feeds, token):
             return use.session.run(feeds, outputs, token)
 
     def run_in_lane(
         self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
     ) -> list[NDArray[Any]]:
         """The same as one of `lanes` runs at once."""
-        with self._used(token) as use, use.in_lane(self.options, token) as session:
+        with (
+            self._used(token) as use,
+            self._admitted(use, feeds, token),
+            use.in_lane(self.options, token) as session,
+        ):
             return session.run(feeds, outputs, token)
+
+    def tokens_that_fit(self, length: int, most: int) -> int:
+        """How many tokens a batch may have; less than ``most`` where memory is limited.
+
+        Args:
+            length: Tokens of its longest row.
+            most: Tokens that it has where memory does not matter.
+        """
+        use = self._use
+        if workspace.limit is None or use is None:
+            return most
+        return workspace.tokens_that_fit(self.known_as(use), length, most)
+
+    def known_as(self, use: _Use) -> Graph:
+        """What the runs of a native session are known by: the graph's content, not its place."""
+        if use.known_as is None:
+            marks = [f"{file.name}:{one}" for file, one in self._files.items()]
+            source = "original" if use.held is None else "prepared"
+            widths = [one.shape[-1] for one in self.outputs if len(one.shape) == 3]
+            width = sum(one for one in widths if isinstance(one, int))
+            use.known_as = Graph("|".join((*marks, source)), guess(self._size, width))
+        return use.known_as
+
+    def _admitted(
+        self, use: _Use, feeds: Mapping[str, NDArray[Any]], token: CancelToken
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let a run in as memory allows; at once where nothing limits it."""
+        if workspace.limit is None or self.device.name != "cpu":
+            return _LET_IN
+        rows, new, length = shape_of(feeds)
+        return workspace.admitted(self.known_as(use), rows * new, max(new, length), token)
 
     def begin(self, token: CancelToken) -> Runs:
         """Begin a sequence of runs, each of which takes what the one before gave.
@@ -363,11 +404,17 @@ class Runs:
         token: CancelToken,
     ) -> list[Any]:
         """See `OnnxSession.run_values`."""
-        return self._use.session.run_values(feeds, values, outputs, token)
+        graph, use = self._graph, self._use
+        if workspace.limit is None or graph.device.name != "cpu":
+            return use.session.run_values(feeds, values, outputs, token)
+        rows, new, length = shape_of(feeds)
+        tokens = rows * max(new, length)  # what was carried comes out as a copy
+        with workspace.admitted(graph.known_as(use), tokens, max(new, length), token):
+            return use.session.run_values(feeds, values, outputs, token)
 
     def bind(self, shared: Mapping[str, tuple[str, NDArray[Any]]], outputs: Sequence[str]) -> Bound:
         """See `OnnxSession.bind`."""
-        return self._use.session.bind(shared, outputs)
+        return AdmittedBound(self._use.session, shared, outputs, self._graph.known_as(self._use))
 
     def pause(self) -> None:
         """Let the native session go, which may now be freed."""

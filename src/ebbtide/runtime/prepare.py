@@ -275,6 +275,17 @@ def _ask(request: str, token: CancelToken) -> str:
                 child.stdin.close()
 
 
+def known_copy(graph: Path, options: SessionOptions) -> Manifest | None:
+    """What a graph's prepared copy is, where one is there and the graph's content is known."""
+    from ebbtide.runtime import library
+
+    here, version = store(), library.version()
+    with contextlib.suppress(OSError):
+        found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=False)
+        return _whole(here, found[0], version) if found is not None else None
+    return None
+
+
 _Wish = tuple[Path, "SessionOptions", int, Callable[[], object]]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ebbtide.errors import (
     DeviceNotAvailableError,
     InputError,
     LoadError,
+    LoadMemoryError,
     OptionError,
     PipelineDisposedError,
     RunError,
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 log = logging.getLogger("ebbtide.runtime")
+
+_NO_MEMORY: Final = re.compile("bad_alloc|failed to allocate|out of memory|cannot allocate", re.I)
+"""What ONNX Runtime says where memory ran out."""
 
 GraphOptimization = Literal["none", "basic", "extended", "all"]
 
@@ -261,7 +266,7 @@ def made(
     """A session of the graph in a file, or of one that was made of it and is in memory.
 
     Raises:
-        LoadError: It cannot be loaded.
+        LoadError: It cannot be loaded; `LoadMemoryError` where memory ran out.
         DeviceNotAvailableError: The device cannot be used here.
         PipelineCancelledError: The token was cancelled.
     """
@@ -282,6 +287,12 @@ def made(
     except Exception as error:
         token.check()
         text = _first_line(error)
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+            raise LoadMemoryError(
+                f"Memory ran out while {path} was loaded: {text} Dispose other pipelines, choose a"
+                " smaller dtype, or raise the limit.",
+                path=str(path),
+            ) from None
         if device.name != "cpu" and device.provider in text:
             raise devices.unavailable(device, devices.available(providers()), text) from None
         raise LoadError(

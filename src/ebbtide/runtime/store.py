@@ -77,6 +77,11 @@ class Manifest:
         """Bytes on the disk."""
         return sum(size for size, _ in self.files.values())
 
+    @property
+    def mapped(self) -> int:
+        """Bytes of the file that is mapped by a session."""
+        return self.files.get(DATA, (0, ""))[0]
+
     def write(self, folder: Path) -> None:
         """Write it as the last file of a folder."""
         write_sealed(folder / MANIFEST, {"format": FORMAT, **dataclasses.asdict(self)})

@@ -270,6 +270,13 @@ class NativeThreads:
                     outer.detach(token.cancel)
             return job
 
+        return self.queue(function, token, leave)
+
+    def queue(
+        self, function: Callable[[], ResultT], token: CancelToken, leave: Callable[[], None]
+    ) -> Job[ResultT]:
+        """Hand over a job that another thread is to run, whoever asks; do not wait for it here."""
+
         def ended() -> None:
             leave()
             self._ended()  # before the caller hears, who may have the next job at once
