@@ -16,22 +16,30 @@ if TYPE_CHECKING:
     from ebbtide._settings import settings
     from ebbtide.errors import (
         AccessDeniedError,
+        AcquireTimeoutError,
         DeviceNotAvailableError,
         DisposalError,
         DownloadError,
         EbbtideError,
         InputError,
         LoadError,
+        LoadMemoryError,
+        ManagerBusyError,
+        ManagerClosedError,
         MissingExtraError,
         ModelNotFoundError,
         NotTransferableError,
         OptionError,
+        OutOfBudgetError,
         PipelineCancelledError,
         PipelineDisposedError,
         PipelineInheritedError,
+        PipelineInUseError,
         PrepareError,
         RunError,
         UnsupportedModelError,
+        WorkerCrashedError,
+        WorkerMemoryError,
     )
     from ebbtide.factory import (
         PipelineOptions,
@@ -43,6 +51,7 @@ if TYPE_CHECKING:
     )
     from ebbtide.hub import ProgressEvent
     from ebbtide.lifecycle import State, dispose_all, live
+    from ebbtide.manager.manager import PipelineManager
     from ebbtide.models.catalog import PreparedModel, cached_models, remove_cached
     from ebbtide.pipelines import Pipeline, PipelineMemory
     from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
@@ -57,6 +66,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "WorkerMemoryError": "errors",
+    "WorkerCrashedError": "errors",
+    "PipelineManager": "manager.manager",
+    "LoadMemoryError": "errors",
+    "PipelineInUseError": "errors",
+    "OutOfBudgetError": "errors",
+    "ManagerClosedError": "errors",
+    "ManagerBusyError": "errors",
+    "AcquireTimeoutError": "errors",
     "errors": "",
     "memory": "",
     "AccessDeniedError": "errors",
@@ -105,6 +123,7 @@ _HOMES = {
 
 __all__ = [
     "AccessDeniedError",
+    "AcquireTimeoutError",
     "DeviceNotAvailableError",
     "DisposalError",
     "DisposalReceipt",
@@ -114,14 +133,20 @@ __all__ = [
     "FillMaskPipeline",
     "InputError",
     "LoadError",
+    "LoadMemoryError",
+    "ManagerBusyError",
+    "ManagerClosedError",
     "MissingExtraError",
     "ModelNotFoundError",
     "NotTransferableError",
     "OptionError",
+    "OutOfBudgetError",
     "Pipeline",
     "PipelineCancelledError",
     "PipelineDisposedError",
+    "PipelineInUseError",
     "PipelineInheritedError",
+    "PipelineManager",
     "PipelineMemory",
     "PipelineOptions",
     "PrepareError",
@@ -134,6 +159,8 @@ __all__ = [
     "TextClassificationPipeline",
     "TokenClassificationPipeline",
     "UnsupportedModelError",
+    "WorkerCrashedError",
+    "WorkerMemoryError",
     "ZeroShotClassificationPipeline",
     "__version__",
     "apipeline",

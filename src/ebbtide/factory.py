@@ -16,12 +16,18 @@ from ebbtide.errors import InputError, PipelineCancelledError, unknown_option
 from ebbtide.hub import HubOptions, Progress, ProgressEvent
 from ebbtide.lifecycle import Lifecycle, State, end_of_process
 from ebbtide.memory.reaper import reaper
-from ebbtide.models.catalog import ModelSummary, PreparedModel, summarise
+from ebbtide.models.catalog import (
+    LoadEstimate,
+    ModelSummary,
+    PreparedModel,
+    estimate,
+    summarise,
+)
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.loading import LoadOptions
 from ebbtide.models.onnx_files import ByFile, ExternalData
 from ebbtide.models.tokenizer import TOKENIZER_FILES
-from ebbtide.pipelines import Pipeline, find
+from ebbtide.pipelines import Pipeline, Task, find
 from ebbtide.runtime import Job, SessionOptions, native_threads
 from ebbtide.runtime.prepare import copy_of
 
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from ebbtide.pipelines.text_classification import TextClassificationPipeline
     from ebbtide.pipelines.token_classification import TokenClassificationPipeline
     from ebbtide.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
+    from ebbtide.workers.options import IsolateOptions
 
 Model = str | os.PathLike[str] | None
 
@@ -51,6 +58,7 @@ class PipelineOptions(TypedDict, total=False):
     progress: Progress
     session_options: SessionOptions | Mapping[str, object] | None
     prepare: Prepare | Literal[False] | None
+    isolate: bool | IsolateOptions
 
 
 _OF_THE_HUB: Final = frozenset(field.name for field in dataclasses.fields(HubOptions))
@@ -143,6 +151,8 @@ def pipeline(task: str, model: Model = None, **options: Unpack[PipelineOptions])
                 and takes a hundredth of the private memory: ``"background"`` has it made meanwhile
                 by a process of its own and goes over to it, ``"now"`` waits for it, False makes
                 none. None is ``settings.prepare``.
+            isolate: True, or `IsolateOptions`, for a process of its own: the same object to the
+                caller, but all of its memory goes with that process, and so does a crash.
 
     Returns:
         The pipeline, ready. Use it in a ``with`` block, or call its ``dispose``.
@@ -158,6 +168,7 @@ def pipeline(task: str, model: Model = None, **options: Unpack[PipelineOptions])
         UnsupportedModelError: The model is not made for this task.
         DeviceNotAvailableError: The device cannot be used here.
         PipelineCancelledError: The process began to end during the load.
+        WorkerCrashedError: Its own process ended during the load.
 
     Example:
         >>> with pipeline("feature-extraction", "tests/models/tiny-bert") as embed:
@@ -240,16 +251,98 @@ async def apipeline(task: str, model: Model = None, **options: Unpack[PipelineOp
         raise
 
 
+class Load:
+    """A load that nobody waits for, made by `begin`.
+
+    Attributes:
+        lifecycle: Of the pipeline that it is to be; `Lifecycle.request` with ``cancel`` stops it.
+    """
+
+    def __init__(self, lifecycle: Lifecycle, job: Job[_Made]) -> None:
+        self.lifecycle = lifecycle
+        self._job = job
+
+    def on_done(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called on a native thread once it has ended; at once if it has."""
+        self._job.on_done(callback)
+
+    def outcome(self) -> Pipeline:
+        """The pipeline, once it has ended.
+
+        Raises:
+            EbbtideError: It failed, as `pipeline` says. What it took is there until its lifecycle
+                is disposed.
+        """
+        return _wrapped(self.lifecycle, self._job.wait())
+
+
+def begin(task: str, model: Model, options: PipelineOptions, site: tuple[str, int]) -> Load:
+    """Begin to load a pipeline as `pipeline` does, and do not wait for it.
+
+    Args:
+        task: As for `pipeline`.
+        model: As for `pipeline`.
+        options: As for `pipeline`.
+        site: Where the user's code asked for it, as ``(file, line)``.
+    """
+    lifecycle, load = _prepare("pipeline()", task, model, options, native_threads.queue, site)
+    return Load(lifecycle, load())
+
+
+def checked(where: str, task: str, options: PipelineOptions) -> str:
+    """The task's own name, if there is such a task and each option is one.
+
+    Raises:
+        EbbtideError: As `pipeline`, for what can be known without files.
+    """
+    _understood(where, options)
+    return find(task).name
+
+
+def load_estimate(
+    task: str, model: Model, options: PipelineOptions, *, fetch: bool = True
+) -> LoadEstimate:
+    """What a pipeline will take, by its files.
+
+    Args:
+        task: As for `pipeline`.
+        model: As for `pipeline`.
+        options: As for `pipeline`.
+        fetch: Download them.
+
+    Raises:
+        EbbtideError: As `pipeline`, for what can be known without a load.
+    """
+    chosen = find(task)
+    listener, hub_options, load_options = _understood("pipeline()", options)
+    files = hub.resolve(
+        model,
+        task=chosen.name,
+        default=chosen.default_model,
+        options=hub_options,
+        listener=listener,
+    )
+    kind = chosen.pipeline
+    return estimate(files, load_options, kind.extra_files, kind.stems, fetch=fetch)
+
+
 def _prepare(
-    where: str, task: str, model: Model, options: PipelineOptions
-) -> tuple[Lifecycle, Callable[[], Job[_Made]]]:
+    where: str,
+    task: str,
+    model: Model,
+    options: PipelineOptions,
+    hand_over: Callable[..., Job[Any]] = native_threads.submit,
+    site: tuple[str, int] | None = None,
+) -> tuple[Lifecycle, Callable[[], Any]]:
     """Check what can be checked at once; what comes back hands the load to a native thread."""
     chosen = find(task)
     listener, hub_options, load_options = _understood(where, options)
     named = "the default model" if model is None else str(model)
     label = f"The {chosen.name} pipeline over {named}"
     _start()
-    lifecycle = Lifecycle(label, reaper, creation_site())
+    if options.get("isolate"):
+        return _apart(chosen, model, options, label, site or creation_site(), listener)
+    lifecycle = Lifecycle(label, reaper, site or creation_site())
     token = CancelToken(label)
     lifecycle.running[token] = None
 
@@ -274,7 +367,30 @@ def _prepare(
         listener(ProgressEvent(status="ready", task=chosen.name, model=files.name))
         return lambda life: kind(life, loaded, about)
 
-    return lifecycle, lambda: native_threads.submit(load, token, lambda: lifecycle.leave(token))
+    return lifecycle, lambda: hand_over(load, token, lambda: lifecycle.leave(token))
+
+
+def _apart(
+    chosen: Task,
+    model: Model,
+    options: PipelineOptions,
+    label: str,
+    site: tuple[str, int],
+    listener: Callable[[ProgressEvent], object],
+) -> tuple[Lifecycle, Callable[[], Any]]:
+    """The same for a process of the pipeline's own, which loads it with `pipeline`."""
+    from ebbtide.workers.isolated import Loading, lifecycle_of
+    from ebbtide.workers.options import IsolateOptions
+
+    given = {name: one for name, one in options.items() if name not in {"isolate", "progress"}}
+    isolate = IsolateOptions.of(options["isolate"]) or IsolateOptions()
+    arguments = (chosen.name, None if model is None else os.fspath(model))
+    lifecycle = lifecycle_of(
+        label, "ebbtide.factory:pipeline", arguments, given, isolate, reaper, site
+    )
+    token = CancelToken(label)
+    lifecycle.running[token] = None
+    return lifecycle, lambda: Loading(chosen.pipeline, lifecycle, token, listener)
 
 
 def _understood(
@@ -289,6 +405,7 @@ def _understood(
     listener = hub.listener(given.pop("progress", None))
     session_options = SessionOptions.of(given.pop("session_options", None))
     given["prepare"] = _wanted(given.get("prepare"))
+    given.pop("isolate", None)
     hub_options = HubOptions(**{key: given.pop(key) for key in _OF_THE_HUB & set(given)}).check()
     return listener, hub_options, LoadOptions(session_options=session_options, **given)
 
