@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def _node(operation: str, inputs: Sequence[str], output: str) -> bytes:
     return b"".join([*parts, _bytes(2, output.encode()), _bytes(4, operation.encode())])
 
 
-def _tensor(name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bytes:
+def _tensor(name: str, array: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> bytes:
     dims = b"".join(_number(1, size) for size in array.shape)
     raw = np.ascontiguousarray(array).tobytes()
     return dims + _number(2, FLOAT) + _bytes(8, name.encode()) + _bytes(9, raw)

@@ -99,10 +99,10 @@ class OneShot:
         except RuntimeError:
             return  # open already
 
-    def wait(self) -> None:
-        """Wait until it is open; a signal's exception comes through."""
-        self._lock.acquire()
-        self._lock.release()
+    def wait(self, seconds: float = -1) -> None:
+        """Wait until it is open, at most so long; a signal's exception comes through."""
+        if self._lock.acquire(timeout=seconds):
+            self._lock.release()
 
 
 async def patiently(

@@ -289,14 +289,23 @@ def begin(task: str, model: Model, options: PipelineOptions, site: tuple[str, in
     return Load(lifecycle, load())
 
 
-def checked(where: str, task: str, options: PipelineOptions) -> str:
-    """The task's own name, if there is such a task and each option is one.
+def checked(
+    where: str, task: str, options: PipelineOptions, beside: tuple[str, ...] = ()
+) -> tuple[str, str]:
+    """The task's own name and its default model, if there is such a task and each option is one.
+
+    Args:
+        where: Whose options they are, for messages.
+        task: As for `pipeline`.
+        options: As for `pipeline`.
+        beside: Options that are taken there beside a pipeline's, for messages.
 
     Raises:
         EbbtideError: As `pipeline`, for what can be known without files.
     """
-    _understood(where, options)
-    return find(task).name
+    _understood(where, options, beside)
+    chosen = find(task)
+    return chosen.name, chosen.default_model
 
 
 def load_estimate(
@@ -394,14 +403,14 @@ def _apart(
 
 
 def _understood(
-    where: str, options: PipelineOptions
+    where: str, options: PipelineOptions, beside: tuple[str, ...] = ()
 ) -> tuple[Callable[[ProgressEvent], object], HubOptions, LoadOptions]:
     """Who is told of downloads, how the model is had, and how it is loaded."""
     given: dict[str, Any] = dict(options)
     known = PipelineOptions.__annotations__
     for option in given:
         if option not in known:
-            raise unknown_option(option, ("model", *known), where=where)
+            raise unknown_option(option, ("model", *beside, *known), where=where)
     listener = hub.listener(given.pop("progress", None))
     session_options = SessionOptions.of(given.pop("session_options", None))
     given["prepare"] = _wanted(given.get("prepare"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from tests.manager.conftest import World
 
 from ebbtide.errors import OutOfBudgetError
 from ebbtide.manager.accounts import BYTES, COUNT, MAPPED, WINDOW, Beside, mb
+from ebbtide.manager.policy import Entry, Need
 from ebbtide.manager.slots import Phase, Size, Slot
 from ebbtide.manager.status import explanation_of, status_of
 
@@ -37,6 +40,7 @@ def test_a_measurement_counts_for_ten_seconds() -> None:
 def test_however_often_it_is_measured_ten_seconds_count() -> None:
     beside = Beside()
     beside.saw(0.0, 90, 90)
+    beside.saw(0.05, 95, 85)
     for number in range(20_000):
         beside.saw(0.2 + number * 0.0004, 20, 20)
     assert (beside.floor, beside.high) == (20, 90)
@@ -129,7 +133,7 @@ def test_the_status_adds_up_to_the_budget(world: World) -> None:
     assert (status.pipelines, status.waiting, status.mapped) == (60, 2, 3)
     assert [entry.key for entry in status.entries] == ["a", "b"]
     assert "2 waiting" in str(status)
-    assert "a: ready, 0.0 MB, 0.0 MB mapped, 1 leases, used 2 times, 0 s ago" in str(status)
+    assert "a: ready, 0.0 MB, 0.0 MB mapped, 1 lease, used 2 times, 0 s ago" in str(status)
 
 
 # What is missing
@@ -312,6 +316,14 @@ def test_an_explanation_says_what_would_happen_and_changes_nothing(world: World)
     assert explanation_of(world.books, 0, old).verdict == "waits"
 
 
+def test_an_explanation_has_what_would_sleep_for_mapping_though_it_is_not_enough() -> None:
+    world = World(200, mapped_limit=100)
+    world.loaded("idle", 5, mapped=40)
+    world.lease(world.loaded("busy", 5, mapped=40))
+    found = explanation_of(world.books, 0, world.slot("a", 5, mapped=90))
+    assert (found.verdict, found.sleep) == ("makes room", ("idle",))
+
+
 def test_what_is_explained_is_what_then_happens(world: World) -> None:
     for number in range(5):
         world.loaded(f"m{number}", 20, 2, ago=10.0 - number)
@@ -321,18 +333,29 @@ def test_what_is_explained_is_what_then_happens(world: World) -> None:
     assert [("sleep", key) for key in found.sleep] == world.doing()
 
 
-def test_a_slot_is_described_to_policies_anew_only_when_something_changed(world: World) -> None:
+def test_a_policy_is_told_of_a_slot_as_it_is_now(world: World) -> None:
     slot = world.loaded("a", 40, 5)
-    entry = slot.as_entry()
-    assert slot.as_entry() is entry
+    seen: list[Entry] = []
+
+    def looking(entries: Sequence[Entry], need: Need, now: float) -> list[str]:
+        seen.extend(entries)
+        return []
+
+    world.books.policy = looking
+
+    def told() -> Entry:
+        world.books.plan(BYTES, 1)
+        return seen[-1]
+
+    assert told() is told(), "what is as it was is not described anew"
     slot.keep_until = 5.0
-    assert slot.as_entry().keep_until == 5.0
+    assert told().keep_until == 5.0
     slot.use = world.history.used("a", world.now)
-    assert slot.as_entry().use is slot.use
+    assert told().use is slot.use
     slot.resize(Size(30, 5))
-    assert slot.as_entry().bytes_awake == 30
+    assert told().bytes_awake == 30
     slot.phase = Phase.ASLEEP
-    assert slot.as_entry().asleep
+    assert told().asleep
 
 
 def test_bytes_are_written_in_megabytes() -> None:

@@ -16,8 +16,10 @@ from ebbtide.errors import (
     OutOfBudgetError,
     PipelineInUseError,
 )
+from ebbtide.manager import desk
+from ebbtide.manager.accounts import BYTES, COUNT
 from ebbtide.manager.policy import Entry, Need
-from ebbtide.manager.slots import Ask, Hold, Phase, Size
+from ebbtide.manager.slots import Ask, Hold, Phase, Size, Slot
 
 
 def is_given(ask: Ask) -> bool:
@@ -157,6 +159,18 @@ def test_a_second_try_that_nobody_waits_for_any_more_takes_none_from_the_next(
     assert not again.is_settled
 
 
+def test_what_was_loaded_at_the_second_try_has_two_the_next_time_too(world: World) -> None:
+    slot = world.slot("a", 40)
+    ask = world.ask(slot)
+    world.done("load", slot, error=MemoryError())
+    world.wish(slot, "evict")
+    world.done("load", slot)
+    world.done("dispose", slot)
+    world.done("load", slot, error=MemoryError())
+    assert not ask.is_settled
+    assert world.doing() == [("load", "a")]
+
+
 def test_nothing_goes_for_a_load_that_nobody_waits_for_any_more(world: World) -> None:
     world.loaded("other", 30)
     slot = world.slot("a", 40)
@@ -237,9 +251,83 @@ def test_who_finds_a_pipeline_ready_does_not_wait_behind_others(world: World) ->
     busy = world.loaded("busy", 60)
     world.lease(busy)
     world.ask(world.slot("large", 80))
-    world.pass_time(10.0)
+    world.pass_time(desk.STARVED - 0.1)
     assert busy.enter(Hold(busy.site, 0.0, 0.0)) is busy.pipe
     assert is_given(world.ask(busy))
+
+
+# What is leased all the time
+
+
+def test_for_who_waits_long_what_is_leased_is_asked_back_and_sleeps_when_it_is_returned(
+    world: World,
+) -> None:
+    busy = world.loaded("busy", 60, 5)
+    lease = world.lease(busy)
+    waiting = world.slot("large", 80)
+    ask = world.ask(waiting)
+    world.pass_time(desk.STARVED)
+    assert busy.enter(Hold(busy.site, 0.0, 0.0)) is None
+    late = world.ask(busy)
+    assert not late.is_settled
+    world.give_back(busy, lease)
+    world.done("sleep", busy)
+    world.done("load", waiting)
+    assert is_given(ask)
+    assert not late.is_settled
+    world.give_back(waiting, ask.hold)
+    world.done("sleep" if ("sleep", "large") in world.doing() else "dispose", waiting)
+    world.done("wake", busy)
+    assert is_given(late)
+
+
+def test_what_is_not_returned_when_it_was_asked_back_is_lent_again(world: World) -> None:
+    busy = world.loaded("busy", 60)
+    lease = world.lease(busy)
+    world.ask(world.slot("large", 80))
+    world.pass_time(desk.STARVED)
+    late = world.ask(busy)
+    world.pass_time(desk.ASKING_BACK)
+    assert is_given(late)
+    world.pass_time(1.0)
+    assert busy.enter(Hold(busy.site, 0.0, 0.0)) is busy.pipe
+    assert lease in busy.holds
+
+
+def test_what_was_asked_back_in_vain_is_spared_and_another_asked(world: World) -> None:
+    first, second = world.loaded("first", 45, ago=9.0), world.loaded("second", 45)
+    leases = [world.lease(first), world.lease(second)]
+    world.ask(world.slot("large", 50))
+    world.pass_time(desk.STARVED)
+    asked = [one for one in (first, second) if not one.is_open]
+    assert len(asked) == 1
+    world.pass_time(desk.ASKING_BACK)
+    assert [one for one in (first, second) if not one.is_open] == [
+        one for one in (first, second) if one not in asked
+    ]
+    assert leases
+
+
+def test_nothing_is_asked_back_for_who_need_not_wait_for_it(world: World) -> None:
+    busy = world.loaded("busy", 60)
+    world.lease(busy)
+    world.loaded("idle", 30)
+    world.ask(world.slot("small", 20))
+    world.pass_time(desk.STARVED)
+    assert busy.is_open
+
+
+def test_what_could_not_sleep_since_somebody_calls_it_is_left_alone_for_a_while(
+    world: World,
+) -> None:
+    called, other = world.loaded("called", 50, 5, ago=90.0), world.loaded("other", 50, 5)
+    asked = world.ask(world.slot("new", 40))
+    assert world.doing() == [("sleep", "called")]
+    world.done("sleep", called, asleep=False)
+    assert world.doing() == [("sleep", "other")]
+    world.done("sleep", other)
+    world.done("load", asked.slot)
+    assert is_given(asked)
 
 
 # What goes
@@ -287,19 +375,42 @@ def test_nothing_goes_where_all_that_may_go_is_not_enough(world: World) -> None:
     assert world.doing() == []
 
 
-def test_what_was_leased_in_the_moment_that_it_was_chosen_stays(world: World) -> None:
-    chosen = world.loaded("chosen", 60)
+@pytest.mark.parametrize("asleep", [0, 60], ids=["sleep", "evict"])
+def test_what_was_leased_in_the_moment_that_it_was_chosen_stays(world: World, asleep: int) -> None:
+    chosen = world.loaded("chosen", 60, asleep)
+    looks = []
 
     def leasing(entries: Sequence[Entry], need: Need, now: float) -> list[str]:
-        if not chosen.holds:
+        looks.append(now)
+        if len(looks) == 2:  # the first look is whether there is enough
             world.lease(chosen)
         return [entry.key for entry in entries]
 
     world.books.policy = leasing
+    world.desk.tick = lambda: None  # type: ignore[method-assign]
     ask = world.ask(world.slot("a", 80))
+    assert len(looks) >= 2
     assert world.doing() == []
     assert chosen.is_open
     assert not ask.is_settled
+
+
+def test_another_goes_at_once_for_what_was_leased_in_the_moment_that_it_was_chosen(
+    world: World,
+) -> None:
+    chosen, _ = world.loaded("chosen", 40, ago=9.0), world.loaded("other", 40)
+    looks = []
+
+    def leasing(entries: Sequence[Entry], need: Need, now: float) -> list[str]:
+        looks.append(now)
+        if len(looks) == 2:
+            world.lease(chosen)
+        return [entry.key for entry in entries]
+
+    world.books.policy = leasing
+    world.desk.tick = lambda: None  # type: ignore[method-assign]
+    world.ask(world.slot("a", 60))
+    assert world.doing() == [("sleep", "other")]
 
 
 def test_who_waits_is_served_once_a_lease_is_returned(world: World) -> None:
@@ -365,9 +476,23 @@ def test_of_so_many_pipelines_one_goes_for_the_next() -> None:
     assert world.doing() == [("load", "a")]
 
 
+@pytest.mark.parametrize(("policy", "goes"), [("ttl", "short"), ("lru", "old"), ("lfu", "rare")])
+def test_the_policy_decides_for_every_account(policy: str, goes: str) -> None:
+    world = World(1000, policy=policy, most=3, devices={"cuda:0": 30})
+    for name, ago, keep in (("old", 9.0, 50.0), ("short", 5.0, 20.0), ("rare", 7.0, 30.0)):
+        slot = world.loaded(name, 5, devices={"cuda:0": 10}, ago=ago)
+        slot.keep_until = world.now + keep
+        if name != "rare":
+            slot.use = slot.use.again(slot.use.at, slot.use.turn)
+    for account in (COUNT, "cuda:0", BYTES):
+        (step,) = world.books.plan(account, 1).steps
+        assert step.key == goes
+
+
 def test_each_device_is_an_account_of_its_own() -> None:
     world = World(1000, devices={"cuda:0": 100})
     first = world.loaded("first", 5, devices={"cuda:0": 60}, ago=9.0)
+    world.loaded("last", 5, devices={"cuda:0": 40}, ago=1.0)
     world.loaded("other", 500, devices={"cuda:1": 60}, ago=99.0)
     world.ask(world.slot("a", 5, devices={"cuda:0": 50}))
     assert world.doing() == [("sleep", "first")], "what is on another device frees nothing there"
@@ -376,12 +501,24 @@ def test_each_device_is_an_account_of_its_own() -> None:
 
 
 def test_what_goes_for_one_account_is_not_taken_for_the_next_again() -> None:
-    world = World(100, devices={"cuda:0": 100})
+    world = World(100, devices={"cuda:0": 200})
     both = world.loaded("both", 60, devices={"cuda:0": 60}, ago=9.0)
-    world.loaded("spare", 30, devices={"cuda:0": 30})
-    world.ask(world.slot("a", 60, devices={"cuda:0": 60}))
+    world.loaded("spare", 30, devices={"cuda:0": 60})
+    world.ask(world.slot("a", 60, devices={"cuda:0": 120}))
     assert world.doing() == [("sleep", "both")]
     world.done("sleep", both)
+    assert world.doing() == [("load", "a")]
+
+
+def test_what_is_being_given_back_is_counted_on_and_the_rest_goes_meanwhile(world: World) -> None:
+    slots = [world.loaded("gone", 40), world.loaded("idle", 30), world.loaded("busy", 20)]
+    world.lease(slots[2])
+    world.books.measure()
+    world.wish(slots[0], "evict")
+    world.ask(world.slot("a", 70))
+    assert world.doing() == [("dispose", "gone"), ("sleep", "idle")]
+    world.done("dispose", slots[0])
+    world.done("sleep", slots[1])
     assert world.doing() == [("load", "a")]
 
 
@@ -580,8 +717,8 @@ def test_a_wish_whose_time_is_over_says_who_holds_it_and_lets_users_in_again(
     slot = world.loaded("a", 40)
     world.lease(slot)
     wish = world.wish(slot, "evict", 5.0)
+    assert world.desk.wakes_at == world.now + 5.0
     ask = world.ask(slot)
-    assert world.desk.wakes_at <= world.now + 5.0
     world.pass_time(5.0)
     assert isinstance(wish.error, PipelineInUseError)
     assert wish.error.sites == ("app.py:1",)
@@ -644,6 +781,63 @@ def test_a_wish_is_granted_where_the_load_fails(world: World) -> None:
     world.done("load", slot, error=OSError())
     assert wish.is_settled
     assert wish.error is None
+
+
+def test_a_wish_to_sleep_is_granted_where_it_sleeps_on_since_it_could_not_be_woken(
+    world: World,
+) -> None:
+    slot = world.loaded("a", 40, 5)
+    world.wish(slot, "sleep")
+    world.done("sleep", slot)
+    world.ask(slot)
+    wish = world.wish(slot, "sleep")
+    assert not wish.is_settled
+    world.done("wake", slot, error=OSError())
+    assert wish.is_settled
+    assert wish.error is None
+
+
+def test_a_lease_that_is_returned_while_the_desk_looks_is_not_missed(world: World) -> None:
+    slot = world.loaded("a", 40)
+    hold = world.lease(slot)
+
+    def clock() -> float:  # the desk looks at it once it has seen who holds what
+        if slot.wishes and hold in slot.holds:
+            world.release(slot, hold)
+        return world.now
+
+    world.books.clock = clock
+    world.wish(slot, "evict")
+    assert world.doing() == [("dispose", "a")]
+
+
+def test_the_timer_of_a_lease_that_is_returned_while_it_is_set_is_not_missed(world: World) -> None:
+    class Later(Slot):
+        look = staticmethod(lambda: None)
+
+        @property
+        def is_still(self) -> bool:
+            self.look()
+            return super().is_still
+
+    slot, due = world.loaded("a", 40), world.loaded("due", 20)
+    hold = world.lease(slot, keep_alive=5.0)
+    due.keep_until = world.now + 1.0
+    later = world.books.slots["z"] = Later("z", "task", "z", {}, ("app.py", 9))
+    world.drain()
+    assert world.desk.wakes_at == world.now + 1.0
+
+    looks = []
+
+    def look() -> None:
+        if due.phase is Phase.EVICTING:
+            looks.append(world.desk.wakes_at)
+            if len(looks) == 2:  # the second is for the timer
+                world.release(slot, hold)
+
+    later.look = look  # type: ignore[method-assign]
+    world.pass_time(1.0)
+    assert world.desk.wakes_at == world.now + 5.0
 
 
 def test_force_waits_for_no_lease_and_stops_a_load(world: World) -> None:
@@ -740,13 +934,15 @@ def test_room_for_calls_is_told_when_all_is_given_back() -> None:
 
 def test_room_for_calls_takes_no_more_than_is_missing_beside_what_is_given_back() -> None:
     world = World(1000)
-    first = world.loaded("first", 100, ago=9.0)
-    world.loaded("second", 100)
-    world.wish(first, "evict")
+    slots = [world.loaded(name, 100, ago=ago) for name, ago in (("a", 9.0), ("b", 5.0), ("c", 1.0))]
+    world.wish(slots[0], "evict")
     made = world.make_room(100)
-    assert world.doing() == [("dispose", "first")]
-    world.done("dispose", first)
-    assert made.value is True
+    assert world.doing() == [("dispose", "a")]
+    more = world.make_room(150)
+    assert world.doing() == [("dispose", "a"), ("sleep", "b")]
+    world.done("dispose", slots[0])
+    world.done("sleep", slots[1])
+    assert made.value is more.value is True
 
 
 def test_where_nothing_may_go_no_room_is_made_for_calls(world: World) -> None:
@@ -772,6 +968,7 @@ def test_once_it_is_closed_nothing_that_is_ready_is_given_out_any_more(world: Wo
     world.ask(slots[1])
     world.wish(slots[2], "sleep")
     world.desk.close()
+    assert slots[0].enter(Hold(slots[0].site, 0.0, 0.0)) is None
     world.drain()
     world.hands.tasks[0].is_stopped = False
     world.done("load", slots[1])
@@ -790,6 +987,22 @@ def test_a_pipeline_that_takes_more_or_less_than_before_is_counted_anew(world: W
     assert world.doing() == [("load", "a")]
     world.desk.resized(ask.slot, Size(1))
     assert ask.slot.size == Size(80), "what is being loaded is not counted anew"
+
+
+def test_of_those_not_used_for_the_longest_time_nothing_is_known_where_they_are_many(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "MOST_KNOWN", 3)
+    for number in range(4):
+        slot = world.slot(f"m{number}", 10)
+        slot.use = world.history.used(slot.key, world.now + number)
+    there = {"ready": world.loaded("ready", 10, ago=99.0), "pinned": world.slot("pinned", 10)}
+    world.desk.pin(there["pinned"], True)
+    world.ask(world.slot("asked", 100))
+    assert set(world.books.slots) == {"asked", "ready", "pinned"}
+    again = world.ask(slot)
+    assert world.books.slots[slot.key] is slot
+    assert again in world.desk.waiting
 
 
 def test_should_the_desk_itself_fail_all_who_wait_are_told_each_by_an_error_of_its_own(

@@ -6,7 +6,6 @@ import gc
 import io
 import math
 import threading
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -116,10 +115,12 @@ def test_what_a_manager_did_between_two_looks_is_seen_once_though_it_is_closed()
         for _ in range(2):
             manager.preload("fill-mask", str(MODELS / "tiny-mlm"))
             manager.evict("fill-mask", str(MODELS / "tiny-mlm"))
-    first = looker.look()
-    assert first.tally == {"load": 2, "disposal": 2}
-    again = looker.look()
-    assert (again.tally, again.happened) == (first.tally, first.happened)
+        first = looker.look()
+        assert first.tally == {"load": 2, "disposal": 2}
+        again = looker.look()
+        assert (again.tally, again.happened) == (first.tally, first.happened)
+        manager.preload("fill-mask", str(MODELS / "tiny-mlm"))
+    assert looker.look().tally == {"load": 3, "disposal": 3}
 
 
 def test_who_waits_is_seen_with_how_long() -> None:
@@ -145,10 +146,10 @@ def test_looking_keeps_no_pipeline_alive() -> None:
             warnings.simplefilter("always")
             pipe = ebbtide.pipeline("feature-extraction", MODELS / "tiny-bert")
             looker.look()
-            life = pipe._lifecycle
+            gone = threading.Event()
+            pipe._lifecycle.on_finished(gone.set)
             del pipe
-            while life.receipt is None:
-                time.sleep(0)  # lets the reaper run
+            assert gone.wait(30)
             assert looker.look().tally == {"load": 1, "disposal": 1}
     finally:
         gc.enable()
@@ -184,6 +185,15 @@ def test_a_budget_that_is_overdrawn_says_by_how_much() -> None:
     entries = [pipeline_of("fill-mask one", anonymous=90 * MB)]
     text = shown(facts_of(managers=(manager_of(*entries),)))
     assert "free -15.0 MB" in text
+
+
+def test_a_terminal_of_80_columns_shows_every_figure() -> None:
+    facts = facts_of(managers=(manager_of(pipeline_of("ner x"), budget=64_000 * MB),))
+    memory = replace(facts.memory, limit=Limit(64_000 * MB, "cgroup v2"), available=60_000 * MB)
+    found = shown(replace(facts, memory=memory), width=80).splitlines()
+    assert found[1].endswith(" 64000.0 MB")
+    assert found[2].endswith("free 63965.0 MB")
+    assert found[4].endswith("60000.0 MB left; pressure some 0 %, full 0 %")
 
 
 def test_a_row_says_all_that_is_known_of_a_pipeline() -> None:
@@ -234,7 +244,7 @@ def test_a_receipt_is_told_in_words() -> None:
 
 def test_the_line_of_memory_shows_peaks_and_is_full_from_left_to_right() -> None:
     points = [(float(second), 10 * MB) for second in range(301)]
-    points[150] = (150.0, 80 * MB)
+    points[148] = (148.0, 80 * MB)
     ((text, _), (range_, _)) = spark(points, 60, 300.0, False)
     assert text.count("█") == 1
     assert text.count("▁") == 59
@@ -250,6 +260,21 @@ def test_the_summary_says_what_was_never_given_back() -> None:
     assert "70.0 MB of anonymous memory at most, 50.0 MB at the end; 4 loads, 3 disposals" in text
     assert "3 receipts, 2 verified: released 30.0 MB of 40.0 MB" in text
     assert "1 pipeline was still alive, with 10.0 MB" in text
+
+
+def test_a_view_may_be_shown_again(capsys: pytest.CaptureFixture[str]) -> None:
+    view = LiveView(interval=0.1)
+    with ebbtide.PipelineManager("4 GB", remember=False) as manager, view:
+        for _ in range(2):
+            manager.preload("fill-mask", str(MODELS / "tiny-mlm"))
+            manager.evict("fill-mask", str(MODELS / "tiny-mlm"))
+            view.stop()
+            view.start()
+    said = capsys.readouterr().err
+    assert said.count("; 1 load, 1 disposal\n") == 1
+    assert said.count("; 2 loads, 2 disposals\n") == 2
+    view.stop()
+    assert capsys.readouterr().err == ""
 
 
 def test_where_there_is_no_terminal_a_line_comes_at_each_change_once_a_second() -> None:

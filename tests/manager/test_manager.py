@@ -60,6 +60,7 @@ def slot_of(manager: PipelineManager, model: Path = BERT, **options: Any) -> Slo
 def full(manager: PipelineManager) -> None:
     """Lower the budget to what is there, and what a load takes for a while."""
     books = manager._core.books
+    books.share_for_calls = 0.0
     books.measure()
     books.budget = books.floor + books.workspace + books.charged + 24_000_000
 
@@ -305,7 +306,7 @@ def _raise(error: BaseException) -> Any:
 def test_a_deadline_says_what_it_waited_for(manager: PipelineManager, large: list[Path]) -> None:
     with manager.acquire(TASK, large[0]):
         full(manager)
-        with pytest.raises(AcquireTimeoutError, match="in use by 1 pipelines") as caught:
+        with pytest.raises(AcquireTimeoutError, match="in use by 1 pipeline") as caught:
             use(manager, large[1], timeout=0.05)
     assert str(large[1]) in caught.value.pipeline
     assert manager.status().waiting == 0

@@ -37,7 +37,8 @@ def start(arguments: list[str]) -> int:
     if arguments[:1] == ["run"] and "--" in arguments:
         end = arguments.index("--")
         arguments, literal = arguments[:end], arguments[end + 1 :]
-    _log_plainly()
+    if arguments[:1] != ["top"]:  # there the script says how it logs
+        _log_plainly()
     try:
         app(arguments, prog_name="ebbtide", obj=literal)
     except SystemExit as ended:
@@ -189,6 +190,35 @@ def _chat(
     _own_the_process()
     options: Any = {"dtype": dtype, "device": device, "revision": revision, "prepare": prepare}
     chat(words or [], model=model, system=system, options=options, as_json=as_json)
+
+
+_TOP_HELP = """Run a Python script, and see live what its pipelines take.
+
+The script runs as `python SCRIPT.py ARGS` would, and what it prints goes above the view. Where \
+standard output is no terminal, a line goes to standard error at each change. A summary stays in \
+the end: the peak, the loads, and what came back.
+
+Example: ebbtide top serve.py --port 8000
+"""
+
+
+@app.command(
+    "top",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    help=_TOP_HELP,
+    short_help="Run a script with a live view of its pipelines.",
+)
+def _top(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT.py", help="A Python file.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGS", help="What the script gets.")
+    ] = None,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 0.5,
+) -> None:
+    """Run a script with a live view of its pipelines."""
+    from ebbtide.cli.top import top
+
+    raise SystemExit(top(script, arguments or [], interval=interval))
 
 
 @app.command("tasks")

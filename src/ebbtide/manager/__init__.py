@@ -18,16 +18,19 @@ from ebbtide.manager.policy import (
 
 if TYPE_CHECKING:
     from ebbtide.manager.events import ManagerEvent, Subscription
-    from ebbtide.manager.lease import Lease
+    from ebbtide.manager.lease import AcquireOptions, Lease
+    from ebbtide.manager.live_view import LiveView
     from ebbtide.manager.manager import PipelineManager
     from ebbtide.manager.status import Explanation, ManagerStatus, PipelineStatus
 
 __all__ = [
     "POLICIES",
+    "AcquireOptions",
     "Entry",
     "Explanation",
     "History",
     "Lease",
+    "LiveView",
     "ManagerEvent",
     "ManagerStatus",
     "Need",
@@ -45,7 +48,8 @@ __all__ = [
 
 _HOMES = {
     "Explanation": "status", "ManagerStatus": "status", "PipelineStatus": "status",
-    "Lease": "lease", "ManagerEvent": "events", "Subscription": "events",
+    "AcquireOptions": "lease", "Lease": "lease", "LiveView": "live_view",
+    "ManagerEvent": "events", "Subscription": "events",
     "PipelineManager": "manager",
 }  # fmt: skip
 """Names that are imported when they are first used, and the modules that have them."""

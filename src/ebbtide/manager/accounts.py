@@ -13,7 +13,6 @@ Nothing here changes a slot, so that any thread may ask.
 
 from __future__ import annotations
 
-import collections
 import logging
 import math
 import sys
@@ -32,10 +31,12 @@ _TOGETHER = 0.1
 """Seconds of which the measurements are kept as one."""
 _ASLEEP = (Phase.ASLEEP, Phase.FALLING_ASLEEP)
 
+PINNED: Final = "pinned pipelines"
 BYTES: Final = "bytes"
 COUNT: Final = "count"
 MAPPED: Final = "mapped"
 """Accounts; each other is a device's."""
+WORDS: Final = {BYTES: "memory", COUNT: "max_pipelines", MAPPED: "room for mapped files"}
 
 
 class _Seen(NamedTuple):
@@ -73,10 +74,12 @@ class Beside:
 
     def __init__(self) -> None:
         self.floor = self.high = self.sure = 0
-        self._seen: collections.deque[_Seen] = collections.deque()
+        self._seen: tuple[_Seen, ...] = ()
 
     def saw(self, now: float, most: int, least: int, calls: int = 0) -> None:
         """Note a measurement, and forget those that are old.
+
+        Of two threads that do so at the same time, one may have done it in vain.
 
         Args:
             now: The time.
@@ -84,11 +87,10 @@ class Beside:
             least: All bytes but what every slot is charged with, a load's to come included.
             calls: What calls under way have reserved: it may be in both.
         """
-        seen = self._seen
+        seen = [one for one in self._seen if one.last >= now - WINDOW]
         newest = seen.pop() if seen and now - seen[-1].first < _TOGETHER else _NOTHING
         seen.append(newest.and_(now, max(0, most), max(0, least), calls))
-        while seen[0].last < now - WINDOW:
-            seen.popleft()
+        self._seen = tuple(seen)
         lowest = min([one.most for one in seen])
         self.floor = min(lowest, max([one.idle for one in seen]))
         self.high = max([one.least for one in seen])
@@ -107,6 +109,7 @@ class Books:
         devices: Bytes of each device that has memory of its own; one that is missing is unbounded.
         mapped_limit: Bytes of mapped files; None for unbounded.
         most: How many pipelines there may be.
+        share_for_calls: The share of the budget that no load takes, so that calls can go on.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Books:
         devices: Mapping[str, int] | None = None,
         mapped_limit: int | None = None,
         most: int | None = None,
+        share_for_calls: float = 0.0,
     ) -> None:
         self.budget = budget
         self.policy = policy
@@ -127,6 +131,7 @@ class Books:
         self.devices = dict(devices or {})
         self.mapped_limit = mapped_limit
         self.most = most
+        self.share_for_calls = share_for_calls
         self.slots: dict[str, Slot] = {}
         self._anonymous = anonymous
         self._reserved = reserved
@@ -155,7 +160,12 @@ class Books:
     @property
     def workspace(self) -> int:
         """What is kept for calls: what they took of late, or what those under way reserved."""
-        return max(0, self._beside.high - self.floor, self._reserved())
+        return max(self._kept, self._beside.high - self.floor, self._reserved())
+
+    @property
+    def _kept(self) -> int:
+        """What is kept for calls in any case."""
+        return int(self.budget * self.share_for_calls)
 
     @property
     def free(self) -> int:
@@ -166,6 +176,11 @@ class Books:
     def for_calls(self) -> int:
         """The bytes that all calls under way may take together."""
         return self.budget - self.floor - self.charged
+
+    @property
+    def staying(self) -> int:
+        """The bytes that calls cannot have, whatever is returned and goes."""
+        return self.floor + sum([slot.charge for slot in self if slot.is_pinned])
 
     @property
     def mapped(self) -> int:
@@ -238,7 +253,7 @@ class Books:
         for device, count in size.devices.items():
             held = sum([one.on(device) for one in awake])
             if device in self.devices and count + held > self.devices[device]:
-                rest = {"pinned pipelines": held}
+                rest = {PINNED: held}
                 return out_of_budget(slot.key, count, rest, self.devices[device], device)
         if self.most is not None and slot.phase is Phase.EMPTY and len(pinned) >= self.most:
             return OutOfBudgetError(
@@ -251,36 +266,47 @@ class Books:
         held = sum([one.size.awake for one in awake if one.size])
         held += sum([one.size.asleep for one in asleep if one.size])
         floor = self._beside.sure
-        if size.loading + floor + held <= self.budget:
+        if size.loading + floor + held + self._kept <= self.budget:
             return None
-        rest = {"the process without pipelines": floor, "pinned pipelines": held}
+        rest = {"the process without pipelines": floor, PINNED: held, "calls": self._kept}
         return out_of_budget(slot.key, size.loading, rest, self.budget)
 
     # What could go
 
-    def takeable(self, but: Slot | None = None) -> list[Slot]:
-        """The slots that may be put to sleep or evicted now, ``but`` one."""
-        return [
-            slot
-            for slot in self
-            if slot.is_still
-            and slot is not but
-            and not slot.holds
-            and not slot.is_pinned
-            and not slot.wishes
-        ]
+    def takeable(self, but: Slot | None = None, *, leased: bool = False) -> list[Slot]:
+        """The slots that may be put to sleep or evicted now, ``but`` one.
 
-    def plan(self, account: str, missing: int, but: Slot | None = None) -> Plan:
+        Args:
+            but: Which may not.
+            leased: Those as well that may once their leases are returned.
+        """
+        ready, asleep, now = Phase.READY, Phase.ASLEEP, self.clock()
+        found = []
+        for slot in tuple(self.slots.values()):  # one loop with no calls: there may be many
+            phase = slot.phase
+            if (phase is not ready and phase is not asleep) or slot is but:
+                continue
+            if slot.is_pinned or slot.wishes or slot.restless_until > now:
+                continue
+            if slot.holds and not (leased and slot.asked_back_until <= now):
+                continue
+            found.append(slot)
+        return found
+
+    def plan(
+        self, account: str, missing: int, but: Slot | None = None, *, leased: bool = False
+    ) -> Plan:
         """What to put to sleep and what to evict, so that so much of an account comes free.
 
         Args:
             account: Which.
             missing: How much.
             but: For which slot: it does not go for itself.
+            leased: Count what is leased as what may go.
         """
-        slots = self.takeable(but)
+        slots = self.takeable(but, leased=leased)
         if account == BYTES:
-            entries = [slot.as_entry() for slot in slots]
+            entries = [_known(slot) for slot in slots]
         else:
             entries = [self._entry(slot, account) for slot in slots]
             entries = [entry for entry in entries if entry.bytes_awake]
@@ -321,10 +347,13 @@ class Books:
         if slot.is_sizing:
             why = "its files were being looked up or downloaded"
         elif slot.phase in (Phase.EMPTY, Phase.ASLEEP) and slot.size is not None:
+            short = [name for name, lack in self.missing(slot, later=False).items() if lack > 0]
             why = (
                 f"{mb(self.needs(slot))} were needed, {mb(max(0, self.free))} were free, and"
-                f" {mb(sum([one.charge for one in held]))} were in use by {len(held)} pipelines"
+                f" {mb(sum([one.charge for one in held]))} were in use by"
+                f" {some(len(held), 'pipeline')}"
             )
+            why += "".join(f"; {WORDS.get(name, name)} was short" for name in short)
         return AcquireTimeoutError(
             f"{slot.key} was not to be had within {waited:.1f} s: {why}. Return leases sooner, wait"
             " longer, or raise the budget.",
@@ -336,11 +365,24 @@ class Books:
         """What somebody hears who wanted a pipeline gone that is leased."""
         sites = tuple(hold.place for hold in tuple(slot.holds))
         return PipelineInUseError(
-            f"{slot.key} is still leased, {len(sites)} times: {', '.join(sites[:5])}. Return the"
-            " leases, or wait longer.",
+            f"{slot.key} is still leased ({some(len(sites), 'lease')}): {', '.join(sites[:5])}."
+            " Return the leases, or wait longer.",
             pipeline=slot.key,
             sites=sites,
         )
+
+
+def _known(slot: Slot) -> Entry:
+    """A slot as a policy sees it: as it was made before, where all is as it was."""
+    entry = slot.entry
+    if (
+        entry is None
+        or entry.use is not slot.use
+        or entry.keep_until != slot.keep_until
+        or entry.asleep is not (slot.phase is Phase.ASLEEP)
+    ):
+        return slot.as_entry()
+    return entry
 
 
 def out_of_budget(
@@ -350,13 +392,19 @@ def out_of_budget(
     parts = [f"{mb(needed)} for it"]
     parts += [f"{mb(count)} for {name}" for name, count in rest.items() if count]
     total = needed + sum(rest.values())
+    unpin = "unpin pipelines, or " if rest.get(PINNED) else "or "
     return OutOfBudgetError(
         f"{key} can never fit: {' + '.join(parts)} = {mb(total)}, and the budget of {account} is"
-        f" {mb(budget)}. Raise the budget, unpin pipelines, or choose a smaller dtype.",
+        f" {mb(budget)}. Raise the budget, {unpin}choose a smaller dtype.",
         needed=needed,
         available=budget - sum(rest.values()),
         budget=budget,
     )
+
+
+def some(count: int, what: str) -> str:
+    """A count of something for a person."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def mb(count: float) -> str:

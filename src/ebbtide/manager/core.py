@@ -60,7 +60,7 @@ class Core:
     def __init__(
         self,
         books: Books,
-        most_waiting: int,
+        most_waiting: float,
         kept: Path | None,
         on_pressure: Callable[[PressureEvent], object] | None,
     ) -> None:
@@ -137,7 +137,7 @@ class Core:
     def used(self, slot: Slot) -> None:
         """A pipeline was lent."""
         slot.use = self.history.used(slot.key, self.books.clock())
-        if self.feed.is_heard:
+        if self.feed.hears("leased"):
             self.feed.tell("leased", slot.key, {"leases": len(slot.holds)})
 
     def give_back(self, slot: Slot, hold: Hold) -> None:
@@ -147,14 +147,18 @@ class Core:
         slot.holds.pop(hold, None)
         if desk.listens or slot.keep_until < desk.wakes_at:
             self.post(desk.pump)
-        if self.feed.is_heard:
+        if self.feed.hears("returned"):
             self.feed.tell("returned", slot.key, {"leases": len(slot.holds)})
 
     def tell(self, kind: str, slot: Slot | None, **facts: object) -> None:
         """Something happened."""
         key = slot.key if slot is not None else ""
+        if kind == "forgotten" and slot is not None:
+            self.history.forget(slot.key)
+            self.hands.forget_slot(slot)
+            return
         self.counts[kind] += 1
-        if self._is_watching and kind in ("sleeping", "disposed"):
+        if self._is_watching and kind in ("ready", "failed", "sleeping", "disposed"):
             workspace.look_again()
         self.monitor.note(kind, key, **facts)
         self.feed.tell(kind, key, facts)
@@ -188,6 +192,8 @@ class Core:
                         self._finish()
                         return
                     self._do(function)
+                    if desk.wakes_at <= self.books.clock():
+                        self._do(self._look)
                     function = mine.get_nowait()
             except queue.Empty:
                 pass
@@ -327,6 +333,7 @@ class Core:
         self._queue = queue.SimpleQueue()
         self._thread = None
         self._is_watching = False
+        self.counts.clear()
         self.feed.forget()
         self.hands.forget()
         for slot in self.books:
@@ -345,7 +352,8 @@ def _allowance() -> Allowance | None:
     core = _tightest()
     if core is None:
         return None
-    return Allowance(core.books.budget, core.books.budget - core.books.for_calls)
+    books = core.books
+    return Allowance(books.budget, books.budget - books.for_calls, books.staying)
 
 
 def _make_room(missing: int) -> bool:

@@ -18,8 +18,17 @@ from ebbtide.manager.policy import Plan
 from ebbtide.manager.slots import Ask, Phase, Settled, Size, Slot, Wish
 from ebbtide.receipts import DisposalReceipt
 
+STARVED = 2.0
+"""Seconds that the first in the queue waits for leases to be returned, before they are asked back."""
+ASKING_BACK = 2.0
+"""Seconds for which nobody gets a lease of what is asked back."""
+SPARED = 10.0
+"""Seconds for which something is not asked back again, or not put to sleep, where that failed."""
 OVERTAKEN = 2.0
 """Seconds for which the first in the queue lets those pass who fit in what is free."""
+
+MOST_KNOWN = 1000
+"""Pipelines that are not loaded and of which is known what they take and how they were used."""
 
 Tell = Callable[..., object]
 
@@ -66,7 +75,7 @@ class Desk:
         hands: Hands,
         books: Books,
         tell: Tell = lambda kind, slot, **facts: None,
-        most_waiting: int = 1000,
+        most_waiting: float = 1000,
     ) -> None:
         self.hands = hands
         self.books = books
@@ -95,6 +104,7 @@ class Desk:
                 )
             )
         else:
+            ask.slot = self.books.slots.setdefault(ask.slot.key, ask.slot)
             self._asked += 1
             ask.number = self._asked
             if not self._is_asked_for(ask.slot):
@@ -217,6 +227,8 @@ class Desk:
         slot.phase = Phase.ASLEEP if asleep else Phase.READY
         if asleep:
             self._tell("sleeping", slot, receipt=receipt)
+        else:
+            slot.restless_until = self.books.clock() + SPARED
         self._grant(slot, receipt, "sleep")
         self._open(slot)
         self.books.measure()
@@ -263,6 +275,8 @@ class Desk:
             if slot.is_still and slot.holds:
                 for wish in late:
                     slot.wishes.remove(wish)
+                    if wish.is_own:
+                        slot.asked_back_until = now + SPARED
                     wish.settle(error=self.books.in_use(slot))
             elif late:  # its last lease was returned in this moment
                 self._try_wishes(slot)
@@ -271,7 +285,19 @@ class Desk:
                 self._evict(slot)
         if self.waiting:
             self.pump()
+        self._forget_some()
         self.wakes_at = self._next()
+
+    def _forget_some(self) -> None:
+        """Know no more of those that were not used for the longest time, where they are many."""
+        if len(self.books.slots) <= MOST_KNOWN * 1.1:
+            return
+        asked = {ask.slot for ask in self.waiting}
+        idle = [one for one in self.books if one.is_forgettable and one not in asked]
+        idle.sort(key=lambda one: one.use.at)
+        for slot in idle[: len(self.books.slots) - MOST_KNOWN]:
+            del self.books.slots[slot.key]
+            self._tell("forgotten", slot)
 
     def _next(self) -> float:
         """When something is due; leases that are returned may make it sooner."""
@@ -329,6 +355,7 @@ class Desk:
                 self._try_wishes(slot)
         now, since = self.books.clock(), math.inf
         blocked: set[Slot] = set()
+        starved: Slot | None = None
         for ask in sorted(self.waiting, key=lambda one: (-one.priority, one.number)):
             slot = ask.slot
             if ask.is_settled:
@@ -341,8 +368,12 @@ class Desk:
                 slot.is_sizing = True
                 self.hands.size_up(slot)
             elif slot in blocked or not self._admit(slot, first=not blocked, late=now - since):
+                if not blocked and now - ask.since >= STARVED:
+                    starved = slot
                 blocked.add(slot)
                 since = min(since, ask.since)
+        if starved is not None:
+            self._ask_back(starved)
         self.listens = bool(self.waiting) or any(slot.wishes for slot in self.books)
 
     def _give(self, ask: Ask) -> None:
@@ -376,21 +407,41 @@ class Desk:
             if fits:
                 self._begin(slot)
             return fits
-        missing = self.books.missing(slot, later=True)
-        if all(
-            self.books.plan(account, count, slot).enough
-            for account, count in missing.items()
-            if count > 0 and account != MAPPED
-        ):
+        is_done = False
+        while not is_done:  # again where something was leased in the moment that it was chosen
+            missing = self.books.missing(slot, later=True)
+            if not all(
+                self.books.plan(account, count, slot).enough
+                for account, count in missing.items()
+                if count > 0 and account != MAPPED
+            ):
+                return False
+            is_done = True
             for account in missing:  # what goes for one account is gone for the next
                 count = self.books.missing(slot, later=True)[account]
                 if count > 0:
                     plan = self.books.plan_most if account == MAPPED else self.books.plan
-                    self._carry_out(plan(account, count, slot))
-            if self.books.fits(slot):
-                self._begin(slot)
-                return True
-        return False
+                    is_done = self._carry_out(plan(account, count, slot)) and is_done
+        fits = self.books.fits(slot)
+        if fits:
+            self._begin(slot)
+        return fits
+
+    def _ask_back(self, slot: Slot) -> None:
+        """Let nobody else have, for a while, what the first in the queue needs of what is leased.
+
+        What is used all the time would else be leased all the time, by one after another.
+        """
+        if self.books.leaving or any(wish.is_own for one in self.books for wish in one.wishes):
+            return
+        until = self.books.clock() + ASKING_BACK
+        for account, count in self.books.missing(slot, later=True).items():
+            if count > 0 and account != MAPPED:
+                for step in self.books.plan(account, count, slot, leased=True).steps:
+                    one = self.books.slots[step.key]
+                    if one.holds and not one.wishes:
+                        one.wishes.append(Wish(one, step.action, until, is_own=True))
+                        one.is_open = False
 
     def _begin(self, slot: Slot) -> None:
         """Load it, or wake it."""
@@ -415,23 +466,27 @@ class Desk:
 
     # What goes
 
-    def _carry_out(self, plan: Plan) -> None:
-        """Do what a plan says, but for what was leased in this moment."""
+    def _carry_out(self, plan: Plan) -> bool:
+        """Do what a plan says, but for what was leased in this moment; whether nothing was."""
+        is_done = True
         for step in plan.steps:
             slot = self.books.slots[step.key]
-            if step.action == "sleep":
-                self._sleep(slot)
-            else:
-                self._evict(slot)
+            done = self._sleep(slot) if step.action == "sleep" else self._evict(slot)
+            is_done = done and is_done
+        return is_done
 
-    def _sleep(self, slot: Slot) -> None:
+    def _sleep(self, slot: Slot) -> bool:
+        """Put it to sleep, unless somebody holds it; whether it is done."""
         if slot.phase is Phase.READY and slot.close():
             assert slot.size is not None
             slot.phase = Phase.FALLING_ASLEEP
             slot.leaving = max(0, slot.size.given_back - slot.size.asleep)
             self.hands.put_to_sleep(slot)
+            return True
+        return False
 
-    def _evict(self, slot: Slot, *, cancel: bool = False) -> None:
+    def _evict(self, slot: Slot, *, cancel: bool = False) -> bool:
+        """Have it disposed, unless somebody holds it; whether it is done."""
         if slot.is_still and (slot.close() or cancel):
             assert slot.size is not None
             slot.is_open = False
@@ -440,6 +495,8 @@ class Desk:
             slot.leaving = slot.size.asleep if slot.was_asleep else slot.size.given_back
             self._tell("evicting", slot, bytes=slot.leaving)
             self.hands.dispose(slot, cancel=cancel)
+            return True
+        return False
 
     def _try_wishes(self, slot: Slot) -> None:
         """Do what somebody wishes of a slot, once nobody holds it; nobody is let in before."""

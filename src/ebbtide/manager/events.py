@@ -73,9 +73,13 @@ class Subscription:
         self.is_due = False
         """Whether who hears was told that there is something to take."""
 
+    def hears(self, kind: str) -> bool:
+        """Whether events of a kind are listened to."""
+        return not self._kinds or kind in self._kinds
+
     def offer(self, event: ManagerEvent) -> None:
         """Have it heard, if it is of a kind that is listened to."""
-        if not self._kinds or event.kind in self._kinds:
+        if self.hears(event.kind):
             self._waiting.append(event)
             self._put += 1
             if not self.is_due:
@@ -125,14 +129,13 @@ class Feed:
         self._queue = queue.SimpleQueue()
         self._thread: EbbtideThread | None = None
 
-    @property
-    def is_heard(self) -> bool:
-        """Whether anybody listens."""
-        return bool(self._subscriptions)
+    def hears(self, kind: str) -> bool:
+        """Whether anybody listens to events of a kind."""
+        return any([one.hears(kind) for one in self._subscriptions])  # noqa: C419 - a list is quick
 
     def tell(self, kind: str, pipeline: str, facts: Mapping[str, object]) -> None:
         """Something happened; on any thread, at any time."""
-        if self._subscriptions:
+        if self.hears(kind):
             event = ManagerEvent(kind, pipeline, time.time(), MappingProxyType(dict(facts)))
             for one in self._subscriptions:
                 one.offer(event)

@@ -60,6 +60,11 @@ class PipelineHands:
         self._lookups.clear()
         self._looking = 0
 
+    def forget_slot(self, slot: Slot) -> None:
+        """Nothing is known of a slot any more."""
+        self._keys.pop(slot.key, None)
+        self._guesses.pop(slot.key, None)
+
     def size_up(self, slot: Slot) -> None:
         """See `Hands`."""
         self._lookups.append(slot)
@@ -154,24 +159,29 @@ class PipelineHands:
 
     def wake(self, slot: Slot) -> None:
         """See `Hands`."""
-        life: Lifecycle = slot.pipe._lifecycle
+        pipe = slot.pipe
+        life: Lifecycle = pipe._lifecycle
         token = CancelToken(life.label)
         try:
             life.enter(token)
         except EbbtideError as error:
-            refused = error
-            self._post(lambda: self.desk.failed(slot, refused))
+            self._post(partial(self._not_woken, slot, pipe, error.with_traceback(None)))
             return
         job = native_threads.queue(lambda: life.wake(token), token, lambda: life.leave(token))
-        job.on_done(lambda: self._post(lambda: self._woken(slot, job)))
+        job.on_done(lambda: self._post(lambda: self._woken(slot, pipe, job)))
 
-    def _woken(self, slot: Slot, job: Job[None]) -> None:
+    def _woken(self, slot: Slot, pipe: Pipeline, job: Job[None]) -> None:
         try:
             job.wait()
         except BaseException as failure:
-            self.desk.failed(slot, failure.with_traceback(None))
+            self._not_woken(slot, pipe, failure.with_traceback(None))
             return
-        self.desk.woken(slot, self.measured(slot, slot.pipe))
+        if slot.pipe is pipe:
+            self.desk.woken(slot, self.measured(slot, pipe))
+
+    def _not_woken(self, slot: Slot, pipe: Pipeline, error: BaseException) -> None:
+        if slot.pipe is pipe:  # else it is gone, and that was told
+            self.desk.failed(slot, error)
 
     def put_to_sleep(self, slot: Slot) -> None:
         """See `Hands`."""

@@ -5,15 +5,28 @@ from __future__ import annotations
 import warnings
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from ebbtide.errors import InputError
+from ebbtide.factory import PipelineOptions
 from ebbtide.manager.slots import Ask, Hold, Slot
+from ebbtide.manager.values import Seconds
 
 if TYPE_CHECKING:
     from ebbtide.manager.core import Core
 
 PipelineT = TypeVar("PipelineT")
+
+OF_A_LEASE = ("priority", "timeout", "keep_alive")
+"""Options that are of a lease, and of no pipeline."""
+
+
+class AcquireOptions(PipelineOptions, total=False):
+    """What may be chosen of a lease; see `PipelineManager.acquire`."""
+
+    priority: float
+    timeout: Seconds
+    keep_alive: Seconds
 
 
 class Lease(Generic[PipelineT]):
@@ -62,12 +75,20 @@ class Lease(Generic[PipelineT]):
         """Whether the pipeline is lent now."""
         return self._hold is not None
 
+    def __call__(self, *args: object, **options: object) -> NoReturn:
+        """A lease is no pipeline: says what to write."""
+        raise InputError(
+            "A lease is no pipeline yet. Write `with manager.acquire(...) as pipe:`, and call pipe."
+        )
+
     def __enter__(self) -> PipelineT:
         hold = self._new_hold()
         pipe: Any = self._slot.enter(hold)
         if pipe is None:
             try:
-                pipe = self._core.wait(self._ask(hold))
+                ask = self._ask(hold)
+                pipe = self._core.wait(ask)
+                self._slot = ask.slot
             except BaseException:
                 self._hold = None
                 raise
@@ -78,7 +99,9 @@ class Lease(Generic[PipelineT]):
         pipe: Any = self._slot.enter(hold)
         if pipe is None:
             try:
-                pipe = await self._core.await_(self._ask(hold))
+                ask = self._ask(hold)
+                pipe = await self._core.await_(ask)
+                self._slot = ask.slot
             except BaseException:
                 self._hold = None
                 raise

@@ -14,11 +14,12 @@ from ebbtide import factory
 from ebbtide.errors import InputError, unknown_value
 from ebbtide.manager.accounts import Books
 from ebbtide.manager.core import Core, clock
+from ebbtide.manager.desk import closed
 from ebbtide.manager.events import ManagerEvent, Subscription
 from ebbtide.manager.hands import guessed
-from ebbtide.manager.lease import Lease
+from ebbtide.manager.lease import OF_A_LEASE, AcquireOptions, Lease
 from ebbtide.manager.policy import POLICIES, Policy
-from ebbtide.manager.slots import Phase, Settled, Slot
+from ebbtide.manager.slots import Phase, Settled, Slot, Wish
 from ebbtide.manager.status import Explanation, ManagerStatus, explanation_of, status_of
 from ebbtide.manager.values import Bytes, Seconds, budget_of, count_of, seconds_of, size_of
 from ebbtide.memory.monitor import PressureEvent
@@ -30,6 +31,7 @@ from ebbtide.runtime.prepare import store
 
 if TYPE_CHECKING:
     from ebbtide.factory import Model, PipelineOptions
+    from ebbtide.manager.live_view import LiveView
     from ebbtide.pipelines.feature_extraction import FeatureExtractionPipeline
     from ebbtide.pipelines.fill_mask import FillMaskPipeline
     from ebbtide.pipelines.question_answering import QuestionAnsweringPipeline
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from ebbtide.pipelines.token_classification import TokenClassificationPipeline
     from ebbtide.pipelines.zero_shot_classification import ZeroShotClassificationPipeline
 
+MOST_KNOWN = 4096
+"""Ways of asking for a pipeline that are remembered."""
+SHARE_FOR_CALLS = 0.04
+"""What of the budget is kept for calls in any case."""
 SHARE_MAPPED = 0.95
 """What of the limit anonymous and mapped bytes may take together."""
 
@@ -66,7 +72,8 @@ class PipelineManager:
             short, before pipelines are put to sleep and evicted for it.
         devices: Bytes that may be used on each device with memory of its own, as in
             ``{"cuda:0": "8 GiB"}``. One that is not named is not bounded.
-        max_waiting: How many may wait for a pipeline; one more gets a `ManagerBusyError`.
+        max_waiting: How many may wait for a pipeline, one more gets a `ManagerBusyError`; None for
+            any number.
         remember: Whether what pipelines were measured to take is kept for the next program.
 
     Raises:
@@ -88,7 +95,7 @@ class PipelineManager:
         max_pipelines: int | None = None,
         on_pressure: Callable[[PressureEvent], object] | None = None,
         devices: Mapping[str, str | int] | None = None,
-        max_waiting: int = 1000,
+        max_waiting: int | None = 1000,
         remember: bool = True,
     ) -> None:
         if not callable(policy) and policy not in POLICIES:
@@ -106,11 +113,12 @@ class PipelineManager:
             },
             mapped_limit=max(0, int(limit.bytes * SHARE_MAPPED) - size),
             most=count_of("max_pipelines", max_pipelines),
+            share_for_calls=SHARE_FOR_CALLS,
         )
         kept = store().root / "estimates.json" if remember else None
         self._keep_alive = seconds_of("keep_alive", math.inf if keep_alive is None else keep_alive)
         waiting = count_of("max_waiting", max_waiting)
-        self._core = Core(books, 0 if waiting is None else waiting, kept, on_pressure)
+        self._core = Core(books, math.inf if waiting is None else waiting, kept, on_pressure)
         self._known: dict[Any, Slot] = {}
         self._site = factory.creation_site()
         finalizer = weakref.finalize(self, _forgotten, self._core, self._site)
@@ -122,11 +130,7 @@ class PipelineManager:
         self,
         task: Literal["feature-extraction", "embeddings"],
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[FeatureExtractionPipeline]: ...
 
     @overload
@@ -134,11 +138,7 @@ class PipelineManager:
         self,
         task: Literal["text-classification", "sentiment-analysis"],
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[TextClassificationPipeline]: ...
 
     @overload
@@ -146,11 +146,7 @@ class PipelineManager:
         self,
         task: Literal["token-classification", "ner"],
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[TokenClassificationPipeline]: ...
 
     @overload
@@ -158,11 +154,7 @@ class PipelineManager:
         self,
         task: Literal["question-answering"],
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[QuestionAnsweringPipeline]: ...
 
     @overload
@@ -170,11 +162,7 @@ class PipelineManager:
         self,
         task: Literal["fill-mask"],
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[FillMaskPipeline]: ...
 
     @overload
@@ -182,11 +170,7 @@ class PipelineManager:
         self,
         task: Literal["zero-shot-classification"],
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[ZeroShotClassificationPipeline]: ...
 
     @overload
@@ -194,22 +178,14 @@ class PipelineManager:
         self,
         task: str,
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[Any]: ...
 
     def acquire(
         self,
         task: str,
         model: Model = None,
-        *,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> Lease[Any]:
         """A lease of a pipeline: ``with manager.acquire(...) as pipe``, or ``async with``.
 
@@ -219,11 +195,12 @@ class PipelineManager:
         Args:
             task: As for `ebbtide.pipeline`.
             model: As for `ebbtide.pipeline`.
-            priority: Of those who wait the highest goes first, and among equals the eldest.
-            timeout: Seconds to wait at most; None for as long as it takes.
-            keep_alive: For how long it is kept once nobody uses it, as for the manager; 0 for not
-                at all. None: the manager's.
-            **options: As for `ebbtide.pipeline`. Other options are another pipeline.
+            **options: By name only, those of `ebbtide.pipeline` (others are another pipeline), and:
+
+                priority: Of those who wait the highest goes first, and among equals the eldest; 0.
+                timeout: Seconds to wait at most; None for as long as it takes.
+                keep_alive: For how long it is kept once nobody uses it, as for the manager; 0 for
+                    not at all. None: the manager's.
 
         Raises:
             InputError: There is no such task; names the nearest.
@@ -234,12 +211,18 @@ class PipelineManager:
             ManagerClosedError: From the block's begin: the manager is closed.
             EbbtideError: From the block's begin: its load failed, as `ebbtide.pipeline` says.
         """
-        slot = self._slot(task, model, options)
+        asked: dict[str, Any] = dict(options)
+        priority = asked.pop("priority", 0)
+        timeout, keep = asked.pop("timeout", None), asked.pop("keep_alive", None)
+        slot = self._slot(task, model, asked, OF_A_LEASE)
         site = factory.creation_site()
-        keep = self._keep_alive if keep_alive is None else seconds_of("keep_alive", keep_alive)
-        slot.keep_alive = keep
-        if timeout is not None and not timeout >= 0:
-            raise InputError(f"timeout takes seconds, 0 or more, not {timeout!r}.", value=timeout)
+        slot.keep_alive = keep = (
+            self._keep_alive if keep is None else seconds_of("keep_alive", keep)
+        )
+        if timeout is not None:
+            timeout = seconds_of("timeout", timeout)
+        if not isinstance(priority, int | float) or math.isnan(priority):
+            raise InputError(f"priority takes a number, not {priority!r}.", value=priority)
         return Lease(self._core, slot, priority, timeout, keep, site)
 
     # What else may be asked for
@@ -250,10 +233,7 @@ class PipelineManager:
         model: Model = None,
         *,
         pin: bool = False,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> None:
         """Have a pipeline loaded, and hold no lease of it.
 
@@ -261,17 +241,12 @@ class PipelineManager:
             task: As for `acquire`.
             model: As for `acquire`.
             pin: Have it stay; see `pin`.
-            priority: As for `acquire`.
-            timeout: As for `acquire`.
-            keep_alive: As for `acquire`.
             **options: As for `acquire`.
 
         Raises:
             EbbtideError: As for a lease.
         """
-        lease = self.acquire(
-            task, model, priority=priority, timeout=timeout, keep_alive=keep_alive, **options
-        )
+        lease = self.acquire(task, model, **options)
         if pin:
             self._pin(lease._slot, True)
         with lease:
@@ -283,15 +258,10 @@ class PipelineManager:
         model: Model = None,
         *,
         pin: bool = False,
-        priority: float = 0,
-        timeout: float | None = None,
-        keep_alive: Seconds = None,
-        **options: Unpack[PipelineOptions],
+        **options: Unpack[AcquireOptions],
     ) -> None:
         """The same as `preload`, on an event loop."""
-        lease = self.acquire(
-            task, model, priority=priority, timeout=timeout, keep_alive=keep_alive, **options
-        )
+        lease = self.acquire(task, model, **options)
         if pin:
             self._pin(lease._slot, True)
         async with lease:
@@ -317,7 +287,7 @@ class PipelineManager:
         task: str,
         model: Model = None,
         *,
-        timeout: float | None = 30.0,
+        timeout: Seconds = 30.0,
         **options: Unpack[PipelineOptions],
     ) -> DisposalReceipt | None:
         """Have a pipeline sleep, once it is not leased any more; the next lease wakes it.
@@ -335,7 +305,7 @@ class PipelineManager:
         Raises:
             PipelineInUseError: It was leased all the time; says where. It goes on as before.
         """
-        wish = self._core.wish(self._slot(task, model, options), "sleep", timeout)
+        wish = self._wish("sleep", task, model, timeout, options)
         return self._core.wait(wish)  # type: ignore[no-any-return]
 
     async def asleep(
@@ -343,11 +313,11 @@ class PipelineManager:
         task: str,
         model: Model = None,
         *,
-        timeout: float | None = 30.0,
+        timeout: Seconds = 30.0,
         **options: Unpack[PipelineOptions],
     ) -> DisposalReceipt | None:
         """The same as `sleep`, on an event loop."""
-        wish = self._core.wish(self._slot(task, model, options), "sleep", timeout)
+        wish = self._wish("sleep", task, model, timeout, options)
         return await self._core.await_(wish)  # type: ignore[no-any-return]
 
     def evict(
@@ -355,7 +325,7 @@ class PipelineManager:
         task: str,
         model: Model = None,
         *,
-        timeout: float | None = 30.0,
+        timeout: Seconds = 30.0,
         **options: Unpack[PipelineOptions],
     ) -> DisposalReceipt | None:
         """Have a pipeline disposed, once it is not leased any more; the next lease loads it again.
@@ -374,7 +344,7 @@ class PipelineManager:
             PipelineInUseError: It was leased all the time; says where. It goes on as before.
             DisposalError: Some releases failed; the error has the receipt.
         """
-        wish = self._core.wish(self._slot(task, model, options), "evict", timeout)
+        wish = self._wish("evict", task, model, timeout, options)
         return self._core.wait(wish)  # type: ignore[no-any-return]
 
     async def aevict(
@@ -382,14 +352,14 @@ class PipelineManager:
         task: str,
         model: Model = None,
         *,
-        timeout: float | None = 30.0,
+        timeout: Seconds = 30.0,
         **options: Unpack[PipelineOptions],
     ) -> DisposalReceipt | None:
         """The same as `evict`, on an event loop."""
-        wish = self._core.wish(self._slot(task, model, options), "evict", timeout)
+        wish = self._wish("evict", task, model, timeout, options)
         return await self._core.await_(wish)  # type: ignore[no-any-return]
 
-    def dispose_all(self, *, timeout: float = 30.0) -> dict[str, DisposalReceipt]:
+    def dispose_all(self, *, timeout: Seconds = 30.0) -> dict[str, DisposalReceipt]:
         """Dispose every pipeline, one after another, the largest first, so that memory only falls.
 
         Args:
@@ -401,13 +371,13 @@ class PipelineManager:
         Raises:
             PipelineInUseError: One was leased all the time. Those that were not are disposed.
         """
-        return dict(self._drive(self._core.disposing(timeout)))
+        return dict(self._drive(self._core.disposing(_waits(timeout))))
 
-    async def adispose_all(self, *, timeout: float = 30.0) -> dict[str, DisposalReceipt]:
+    async def adispose_all(self, *, timeout: Seconds = 30.0) -> dict[str, DisposalReceipt]:
         """The same as `dispose_all`, on an event loop."""
-        return dict(await self._adrive(self._core.disposing(timeout)))
+        return dict(await self._adrive(self._core.disposing(_waits(timeout))))
 
-    def close(self, *, timeout: float = 30.0, cancel: bool = False) -> dict[str, DisposalReceipt]:
+    def close(self, *, timeout: Seconds = 30.0, cancel: bool = False) -> dict[str, DisposalReceipt]:
         """Give out nothing any more, wait for leases, and dispose everything.
 
         Who waits for a pipeline gets a `ManagerClosedError`. What is still leased when the time is
@@ -422,15 +392,21 @@ class PipelineManager:
         """
         if self._finalizer.detach() is None:
             return {}
-        return dict(self._drive(self._core.closing(timeout, cancel)))
+        return dict(self._drive(self._core.closing(_waits(timeout), cancel)))
 
     async def aclose(
-        self, *, timeout: float = 30.0, cancel: bool = False
+        self, *, timeout: Seconds = 30.0, cancel: bool = False
     ) -> dict[str, DisposalReceipt]:
         """The same as `close`, on an event loop."""
         if self._finalizer.detach() is None:
             return {}
-        return dict(await self._adrive(self._core.closing(timeout, cancel)))
+        return dict(await self._adrive(self._core.closing(_waits(timeout), cancel)))
+
+    def _wish(
+        self, action: str, task: str, model: Model, timeout: Seconds, options: Mapping[str, Any]
+    ) -> Wish:
+        seconds = None if timeout is None else seconds_of("timeout", timeout)
+        return self._core.wish(self._slot(task, model, options), action, seconds)
 
     def _drive(
         self, steps: Generator[Settled, None, list[tuple[str, Any]]]
@@ -469,6 +445,7 @@ class PipelineManager:
 
     def status(self) -> ManagerStatus:
         """What there is now."""
+        self._core.books.measure()
         return status_of(self._core.books, len(self._core.desk.waiting), self._core.counts)
 
     def explain(
@@ -486,6 +463,8 @@ class PipelineManager:
         Raises:
             EbbtideError: As `ebbtide.pipeline`, for what can be known without a load.
         """
+        self._check_open()
+        self._core.books.measure()
         slot = self._slot(task, model, options)
         if slot.size is None:
             slot = Slot(slot.key, slot.task, slot.model, slot.options, slot.site)
@@ -503,8 +482,12 @@ class PipelineManager:
             What is to be cancelled in the end.
 
         Raises:
-            InputError: There is no such kind.
+            InputError: There is no such kind, or no function.
+            ManagerClosedError: The manager is closed.
         """
+        self._check_open()
+        if not callable(function):
+            raise InputError(f"A function is needed, not {function!r}.", value=function)
         return self._core.feed.subscribe(function, kinds)
 
     def events(self, *kinds: str) -> AsyncIterator[ManagerEvent]:
@@ -514,6 +497,12 @@ class PipelineManager:
             *kinds: As for `subscribe`.
         """
         return self._core.feed.listen(kinds)
+
+    def live_view(self, *, interval: float = 0.5) -> LiveView:
+        """A view of this process on the terminal while a ``with`` block runs; see `LiveView`."""
+        from ebbtide.manager.live_view import LiveView
+
+        return LiveView(interval=interval)
 
     def __enter__(self) -> Self:
         return self
@@ -546,23 +535,32 @@ class PipelineManager:
             f" {books.charged / 1e6:.1f} MB of {books.budget / 1e6:.0f} MB>"
         )
 
-    def _slot(self, task: str, model: Model, options: Mapping[str, Any]) -> Slot:
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise closed()
+
+    def _slot(self, task: str, model: Model, options: Any, beside: tuple[str, ...] = ()) -> Slot:
         """The slot of a pipeline; made, and its options checked, when it is first asked for."""
-        known: Any = None
+        known: Any = (task, model, tuple(options.items())) if options else (task, model)
+        slots = self._core.books.slots
         try:
-            known = (task, model, tuple(options.items())) if options else (task, model)
-            return self._known[known]
-        except KeyError:
-            slot = self._new_slot(task, model, options)
-            self._known[known] = slot
-        except TypeError:  # an option that cannot be hashed
-            slot = self._new_slot(task, model, options)
-        slot.options = dict(options)
+            slot = self._known[known]
+            if slots.get(slot.key) is not slot:  # it was forgotten
+                slot = self._new_slot(task, model, options, beside)
+        except (KeyError, TypeError) as error:
+            slot = self._new_slot(task, model, options, beside)
+            if isinstance(error, KeyError):  # else an option cannot be hashed
+                if len(self._known) > MOST_KNOWN:
+                    self._known.clear()
+                self._known[known] = slot
+        slot.options = options
         return slot
 
-    def _new_slot(self, task: str, model: Model, options: Mapping[str, Any]) -> Slot:
-        name = factory.checked("acquire()", task, options)  # type: ignore[arg-type]
-        named = "the default model" if model is None else os.fspath(model)
+    def _new_slot(
+        self, task: str, model: Model, options: Mapping[str, Any], beside: tuple[str, ...]
+    ) -> Slot:
+        name, default = factory.checked("acquire()", task, options, beside)  # type: ignore[arg-type]
+        named = default if model is None else os.path.normpath(os.fspath(model))
         chosen = ", ".join(
             f"{option}={options[option]!r}" for option in sorted(options) if option not in _UNNAMED
         )
@@ -573,6 +571,10 @@ class PipelineManager:
             if slots.setdefault(key, new) is new:
                 self._core.tell("created", new)
         return slots[key]
+
+
+def _waits(timeout: Seconds) -> float:
+    return math.inf if timeout is None else seconds_of("timeout", timeout)
 
 
 def _forgotten(core: Core, site: tuple[str, int]) -> None:

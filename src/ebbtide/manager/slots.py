@@ -126,6 +126,10 @@ class Slot:
     """Who wants it gone or asleep, and waits for that."""
     loading: Any = None
     """What its load is known by to who does it."""
+    restless_until: float = 0.0
+    """Until when it is not to sleep: it could not, since somebody who has no lease calls it."""
+    asked_back_until: float = 0.0
+    """Until when its leases are not asked back again."""
     leaving: int = 0
     """The anonymous bytes that are being given back."""
     was_asleep: bool = False
@@ -166,6 +170,12 @@ class Slot:
         """Whether nothing goes on with it: it is ready or asleep."""
         return self.phase is Phase.READY or self.phase is Phase.ASLEEP
 
+    @property
+    def is_forgettable(self) -> bool:
+        """Whether nobody has, wants or pinned it."""
+        busy = self.is_pinned or self.is_sizing or self.holds or self.wishes
+        return self.phase is Phase.EMPTY and not busy
+
     def enter(self, hold: Hold) -> Any:
         """The pipeline where it is ready; None where the desk is to be asked. On any thread."""
         self.holds[hold] = None
@@ -185,16 +195,8 @@ class Slot:
         return True
 
     def as_entry(self) -> Entry:
-        """What a policy is told of it; the one that was made before, where all is as it was."""
-        entry, size = self.entry, self.size
-        asleep = self.phase is Phase.ASLEEP
-        if (
-            entry is not None
-            and entry.use is self.use
-            and entry.keep_until == self.keep_until
-            and entry.asleep is asleep
-        ):
-            return entry
+        """What a policy is told of it; kept as well, for as long as all is as it is."""
+        size = self.size
         assert size is not None
         frees = size.given_back
         self.entry = Entry(
@@ -204,7 +206,7 @@ class Slot:
             self.reload_seconds,
             self.wake_seconds,
             self.use,
-            asleep=asleep,
+            asleep=self.phase is Phase.ASLEEP,
             keep_until=self.keep_until,
         )
         return self.entry
@@ -284,14 +286,16 @@ class Wish(Settled):
 
     Attributes:
         slot: Which.
-        action: "evict" or "sleep".
+        action: "evict", "sleep", or "force".
         deadline: When it is given up, if leases are still out.
+        is_own: Whether it is the desk's own.
     """
 
     value: DisposalReceipt | None
 
-    def __init__(self, slot: Slot, action: str, deadline: float) -> None:
+    def __init__(self, slot: Slot, action: str, deadline: float, *, is_own: bool = False) -> None:
         super().__init__()
         self.slot = slot
         self.action = action
         self.deadline = deadline
+        self.is_own = is_own

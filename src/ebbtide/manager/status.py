@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from ebbtide.manager.accounts import BYTES, COUNT, MAPPED, Books, mb
+from ebbtide.manager.accounts import COUNT, MAPPED, WORDS, Books, mb, some
 from ebbtide.manager.policy import Plan
 from ebbtide.manager.slots import Phase, Slot
 from ebbtide.memory.probe import anonymous_bytes
@@ -63,7 +63,7 @@ class ManagerStatus:
         mapped: Bytes of prepared files that are mapped, beside the budget.
         devices: For each device with memory of its own, the bytes held and those that may be.
         waiting: How many wait for a pipeline.
-        counts: How often what happened, as ``loads`` and ``hits``.
+        counts: How often what happened, by the kinds of events, as ``loading`` and ``disposed``.
         entries: Each pipeline that was asked for, the largest first.
     """
 
@@ -93,9 +93,10 @@ class ManagerStatus:
         for one in self.entries:
             facts = [one.phase, mb(one.anonymous)]
             facts += [f"{mb(one.mapped)} mapped"] if one.mapped else []
-            facts += [f"{one.leases} leases"] if one.leases else []
+            facts += [some(one.leases, "lease")] if one.leases else []
             facts += ["pinned"] if one.pinned else []
-            facts += [] if one.idle is None else [f"used {one.uses} times, {one.idle:.0f} s ago"]
+            if one.idle is not None:
+                facts.append(f"used {some(one.uses, 'time')}, {one.idle:.0f} s ago")
             lines.append(f"  {one.key}: {', '.join(facts)}")
         return "\n".join(lines)
 
@@ -140,8 +141,10 @@ class Explanation:
     def __str__(self) -> str:
         """Lines for a person."""
         lines = [f"{self.key}: {self.verdict}: {self.reason}"]
-        for plan in self.plans.values():
-            lines += [f"  {line}" for line in str(plan).splitlines()]
+        for account, plan in self.plans.items():
+            steps = [f"{step.action} {step.key}: {WORDS[COUNT]}" for step in plan.steps]
+            told = steps if account == COUNT else str(plan).splitlines()
+            lines += [f"  {line}" for line in told]
         return "\n".join(lines)
 
 
@@ -211,15 +214,18 @@ def _verdict(books: Books, waiting: int, slot: Slot) -> tuple[Verdict, str, dict
         return "waits", f"it is {slot.phase.value}", {}
     never = books.never(slot)
     if never is not None:
-        return "never", str(never), {}
+        return "never", str(never).removeprefix(f"{slot.key} "), {}
     missing = books.missing(slot, later=True)
-    plans = {name: books.plan(name, count, slot) for name, count in missing.items() if count > 0}
+    plans = {
+        name: (books.plan_most if name == MAPPED else books.plan)(name, count, slot)
+        for name, count in missing.items()
+        if count > 0
+    }
     sums = f"{mb(books.needs(slot))} are needed, and {mb(max(0, books.free))} are free"
     if waiting:
         return "waits", f"{waiting} wait already; {sums}", plans
     short = [name for name, plan in plans.items() if name != MAPPED and not plan.enough]
     if short:
-        words = {BYTES: "bytes", COUNT: "pipelines"}
-        reason = f"{sums}; too few {' and '.join(words.get(name, name) for name in short)} may go"
+        reason = f"{sums}; too little may go for {' and '.join(WORDS.get(x, x) for x in short)}"
         return "waits", reason, plans
     return ("makes room" if plans else "fits"), sums, plans

@@ -91,7 +91,7 @@ class Activity:
     def end(self, window: Window) -> bool:
         """Note that it has ended; returns whether it was alone all the time."""
         self._active.pop(window, None)
-        return window.alone and self.latest is window
+        return window.is_quiet
 
 
 class Window:
@@ -108,6 +108,11 @@ class Window:
         """Take the figure to compare with."""
         self.before = _read()
         return self
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing else went on since it began."""
+        return self.alone and self._activity.latest is self
 
     def change(self) -> int | None:
         """The change in bytes since `measure`; None where it cannot be read."""

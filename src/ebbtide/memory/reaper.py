@@ -303,7 +303,8 @@ def _give_back(
     released = -(window.change() or 0)
     charged = sum(one.charged for one in outcomes)
     remains = [left for one in outcomes for left in one.remains]
-    if collect and (charged - released > _tolerance(charged) or pinned(remains)):
+    stayed = window.is_quiet and charged - released > _tolerance(charged)
+    if collect and (stayed or pinned(remains)):
         gc.collect()
         pinned(remains)  # what the collection let go is freed here, before the trim
         allocator.trim()

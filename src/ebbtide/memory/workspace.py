@@ -58,6 +58,9 @@ Until then the first is made do with. A load or a disposal beside it would make 
 _ROOMS_MADE: Final = 8
 """So often one run may have room made for it."""
 
+_PATIENCE: Final = 3.0
+"""Seconds that a run waits, with none beside it, for leases to be returned and loads to end."""
+
 _GRAPHS: Final = 1024
 """Graphs of which is kept what their runs take."""
 
@@ -70,10 +73,17 @@ class Allowance(NamedTuple):
     Attributes:
         budget: Anonymous bytes that the whole process may hold.
         other: How many of them are for what is no run: the floor, weights, caches, loads under way.
+        staying: How many of those stay, whatever is returned, goes or ends; None for all.
     """
 
     budget: int
     other: int
+    staying: int | None = None
+
+    @property
+    def most(self) -> int:
+        """What runs could have at best."""
+        return self.budget - (self.other if self.staying is None else self.staying)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -297,6 +307,7 @@ class Workspace:
             self._waiting.append(run)
         token.attach(run.wake)
         rooms_made = 0
+        until = math.inf
         try:
             while True:
                 token.check()
@@ -319,15 +330,22 @@ class Workspace:
                     rooms_made += 1
                 else:
                     assert allowance is not None
-                    lacks = run.need - (allowance.budget - allowance.other)
-                    if lacks <= 0 if run.is_sure else lacks <= run.need // 2:
-                        # By the accounts it fits, and what else holds memory is no run. Or it is a
-                        # guess, which is too high. So it may try, with none beside it.
-                        with self._lock:
-                            run.alone = True
-                            self._start(run)
-                        return
-                    raise _out_of_budget(run.need, tokens, length, allowance)
+                    least = run.need if run.is_sure else run.need // 2  # a guess is too high
+                    if least > allowance.most:
+                        raise _out_of_budget(run.need, tokens, length, allowance)
+                    now = time.monotonic()
+                    until = min(until, now + _PATIENCE)
+                    if least > allowance.budget - allowance.other and now < until:
+                        _wait(run, token, until - now)  # for a load's end, or a lease's
+                        rooms_made = 0
+                        continue
+                    # By the accounts it fits, and what else holds memory is no run. Or nobody
+                    # returns what it needs, perhaps since their calls wait behind it. So it may
+                    # try, with none beside it.
+                    with self._lock:
+                        run.alone = True
+                        self._start(run)
+                    return
         except BaseException:
             with self._lock:
                 self._waiting.remove(run)
@@ -468,18 +486,18 @@ class Sampler:
             self._most = max(self._most, self._anonymous())
 
 
-def _wait(run: _Run, token: CancelToken) -> None:
+def _wait(run: _Run, token: CancelToken, seconds: float = -1) -> None:
     if not token.cancelled:
-        run.gate.wait()
+        run.gate.wait(seconds)
 
 
 def _out_of_budget(need: int, tokens: int, length: int, allowance: Allowance) -> OutOfBudgetError:
-    available = max(0, allowance.budget - allowance.other)
+    available = max(0, allowance.most)
     return OutOfBudgetError(
         f"A run of {tokens} tokens in rows of {length} takes {need / 1e6:.1f} MB, and"
         f" {available / 1e6:.1f} MB are left for it: the budget is {allowance.budget / 1e6:.1f} MB,"
-        f" of which {allowance.other / 1e6:.1f} MB are for models and all else. Give shorter texts,"
-        " fewer at once (batch_size), or a larger budget.",
+        f" of which {(allowance.budget - available) / 1e6:.1f} MB are for what stays. Give shorter"
+        " texts, fewer at once (batch_size), or a larger budget.",
         needed=need,
         available=available,
         budget=allowance.budget,
