@@ -19,7 +19,7 @@ from ebbtide.manager.slots import Ask, Phase, Settled, Size, Slot, Wish
 from ebbtide.receipts import DisposalReceipt
 
 STARVED = 2.0
-"""Seconds that the first in the queue waits for leases to be returned, before they are asked back."""
+"""Seconds that the first in the queue waits for leases, before they are asked back."""
 ASKING_BACK = 2.0
 """Seconds for which nobody gets a lease of what is asked back."""
 SPARED = 10.0
