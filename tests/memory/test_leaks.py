@@ -80,13 +80,6 @@ class Shop:
     def sold(self):
         pass
 
-class Lease:
-    def __enter__(self):
-        self.pipe = ebbtide.pipeline("feature-extraction", MODEL, **options)  # lease
-        return self.pipe
-    def __exit__(self, *error):
-        self.pipe.dispose()
-
 def stream():
     pipe = ebbtide.pipeline("text-generation", WRITER, **options)  # stream
     pieces = pipe.stream("The tide", max_new_tokens=3)
@@ -115,8 +108,12 @@ current = contextvars.ContextVar("current_pipeline")
 current.set(ebbtide.pipeline("feature-extraction", MODEL, **options))  # contextvar
 app = sys.modules["app"] = types.ModuleType("app")
 app.pipe = ebbtide.pipeline("feature-extraction", MODEL, **options)  # module attribute
-lease = Lease()
+manager = ebbtide.PipelineManager("2 GiB", remember=False)
+with manager.acquire("feature-extraction", MODEL, **options) as returned:
+    returned("The tide")
+lease = manager.acquire("feature-extraction", MODEL, **options)  # lease
 lease.__enter__()
+del returned
 unread = stream()
 
 def told(some):
@@ -129,6 +126,8 @@ print(json.dumps(found))
 stop.set()
 thread.join()
 executor.shutdown()
+lease.release()
+manager.close()
 ebbtide.dispose_all()
 """
 
@@ -143,7 +142,7 @@ NAMED = {
     "event handler": ("handler", "the event handler Shop.sold at {file}:{sold}"),
     "contextvar": ("context", "context variable current_pipeline"),
     "module attribute": ("module", "attribute pipe of module app"),
-    "lease": ("lease", "a Lease that was not exited"),
+    "lease": ("module", "a lease that was not returned"),
     "stream": ("stream", "a stream that was not read to its end"),
 }
 

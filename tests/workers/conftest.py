@@ -20,6 +20,7 @@ def strange(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path) -> Iterator[Callab
     """Makes such a pipeline: its loader of `strange.py`, and its `IsolateOptions`."""
     original = isolated.lifecycle_of
     loader = "pipeline"
+    made: list[Any] = []
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.setattr(
         isolated,
@@ -31,9 +32,12 @@ def strange(monkeypatch: pytest.MonkeyPatch, tiny_bert: Path) -> Iterator[Callab
         nonlocal loader
         loader = name
         options = {"start": "fork-server"} | options  # a fifth of the time
-        return ebbtide.pipeline(
+        pipe = ebbtide.pipeline(
             "feature-extraction", tiny_bert, isolate=IsolateOptions(**options), progress=progress
         )
+        made.append(pipe)
+        return pipe
 
     yield make
-    ebbtide.dispose_all(cancel=True)
+    for pipe in made:
+        pipe.dispose(cancel=True)

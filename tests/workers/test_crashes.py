@@ -16,7 +16,7 @@ import pytest
 
 import ebbtide
 from ebbtide.errors import WorkerCrashedError, WorkerMemoryError
-from ebbtide.workers import worker as workers
+from ebbtide.workers import keeper
 from ebbtide.workers.limits import Room
 
 SOON = 5.0
@@ -81,7 +81,8 @@ def test_without_a_restart_each_further_call_fails(strange: Any) -> None:
         with pytest.raises(WorkerCrashedError, match="Make a new pipeline"):
             call(pipe, how)
     receipt = pipe.dispose()
-    assert "was ended by SIGABRT" in receipt.reasons[0]
+    assert "was ended by SIGABRT, before this disposal" in receipt.reasons[0]
+    assert (receipt.charged, receipt.released, receipt.verified) == (0, 0, True)
 
 
 def test_all_calls_that_ran_are_told_and_one_error_is_each_ones_own(strange: Any) -> None:
@@ -119,18 +120,37 @@ def test_a_restart_that_crashes_too_is_told_and_not_tried_for_ever(
         assert pipe("the sea").shape == (1, 4, 32)
 
 
+def test_calls_beyond_what_a_socket_holds_wait_for_room(strange: Any) -> None:
+    with strange() as pipe:
+        found = []
+        os.kill(pipe.pid, signal.SIGSTOP)
+        texts = [str(number) * 30_000 for number in range(10, 70)]
+        threads = [
+            threading.Thread(target=lambda text=text: found.append(call(pipe, "echo", text)))
+            for text in texts
+        ]
+        for one in threads:
+            one.start()
+        until(lambda: len(pipe._lifecycle.running) == 60)
+        until(lambda: pipe._worker._held)
+        os.kill(pipe.pid, signal.SIGCONT)
+        for one in threads:
+            one.join(SOON)
+        assert sorted(found) == texts
+
+
 # kill -9 at each step of the protocol
 
 
 def test_killed_as_it_starts(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = workers._started
+    started = keeper._started
 
     def start(plan: Any) -> Any:
         child = started(plan)
         child.signal(signal.SIGKILL)
         return child
 
-    monkeypatch.setattr(workers, "_started", start)
+    monkeypatch.setattr(keeper, "_started", start)
     with pytest.raises(WorkerCrashedError, match="SIGKILL while it ran the load"):
         ebbtide.pipeline("feature-extraction", tiny_bert, isolate=True)
 
@@ -196,7 +216,7 @@ def test_killed_while_it_disposes(strange: Any) -> None:
 def test_a_disposal_that_does_not_end_is_ended_by_signals(
     strange: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "PATIENCE", 0.1)
+    monkeypatch.setattr(keeper, "PATIENCE", 0.1)
     pipe = strange("ending")
     receipt = pipe.dispose()
     assert "was sent SIG" in receipt.reasons[1]
@@ -214,6 +234,41 @@ def test_a_terminated_process_disposes_first(strange: Any) -> None:
         ended = pipe._worker.ended
         assert ended.status == 128 + signal.SIGTERM
         assert ended.receipt is not None
+
+
+# What cannot be started
+
+
+def test_a_process_that_cannot_be_started_is_a_load_error_and_may_be_tried_again(
+    strange: Any, monkeypatch: pytest.MonkeyPatch, tiny_bert: Path
+) -> None:
+    def fail(plan: Any) -> Any:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    with strange() as pipe:
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper, "_started", fail)
+            os.kill(pipe.pid, signal.SIGKILL)
+            until(lambda: pipe.pid is None)
+            for _ in range(2):
+                with pytest.raises(ebbtide.LoadError, match="cannot be started: Resource"):
+                    pipe("the sea")
+            with pytest.raises(ebbtide.LoadError, match="cannot be started: Resource"):
+                ebbtide.pipeline("feature-extraction", tiny_bert, isolate=True)
+        assert pipe("the sea").shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("frozen", True, "not run by a Python"), ("executable", "", "not run by a Python"),
+     ("platform", "darwin", "takes Linux")],
+)  # fmt: skip
+def test_where_no_process_can_be_started_it_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, name: str, value: Any, words: str
+) -> None:
+    monkeypatch.setattr(f"ebbtide.workers.process.sys.{name}", value, raising=False)
+    with pytest.raises(ebbtide.LoadError, match=words):
+        ebbtide.pipeline("feature-extraction", tiny_bert, isolate=True)
 
 
 # Children that misbehave and live
@@ -412,3 +467,19 @@ def test_calls_beside_the_idle_end_are_all_answered(strange: Any) -> None:
     with strange(idle=0.0) as pipe:
         for _ in range(5):
             assert call(pipe, "echo", 1) == 1
+
+
+def test_a_call_that_comes_as_the_process_is_taken_out_of_use_goes_to_the_next(
+    strange: Any,
+) -> None:
+    with strange() as pipe:
+        worker, child, pid = pipe._worker, pipe._worker._child, pipe.pid
+
+        class Calls(dict[int, Any]):
+            def __setitem__(self, number: int, one: Any) -> None:
+                worker._end(child)  # as its thread does where it saw no call
+                super().__setitem__(number, one)
+
+        child.calls = Calls()
+        assert call(pipe, "echo", 7) == 7
+        assert pipe.pid not in (None, pid)

@@ -266,6 +266,30 @@ def test_an_assistant_that_cannot_cross_is_refused(write: Any) -> None:
         write("The tide", assistant_model=write)
 
 
+def test_a_form_that_is_a_class_is_read_on_this_side(write: Any) -> None:
+    pytest.importorskip("llguidance")
+    pydantic = pytest.importorskip("pydantic")
+    model = pydantic.create_model("Level", a=(int, ...))
+    (found,) = write("The tide", structured=model, max_new_tokens=30)
+    assert isinstance(found["parsed"], model)
+    (found,) = write("The tide", structured=["ebb", "flow"], max_new_tokens=20)
+    assert found["parsed"] in ("ebb", "flow")
+
+
+def test_tools_that_are_functions_cross_as_their_schemas(write: Any) -> None:
+    def tide(place: str) -> str:
+        """Say when the tide is high.
+
+        Args:
+            place: Where.
+        """
+        return place
+
+    chat = [{"role": "user", "content": "Is it high tide?"}]
+    assert write(chat, tools=[tide], max_new_tokens=2)[0]["generated_text"][0] == chat[0]
+    assert "[INST]" in write.chat_template.render(chat)
+
+
 def test_its_tokenizer_is_said_to_be_elsewhere(embed: Any) -> None:
     with pytest.raises(ebbtide.NotTransferableError, match="without isolate="):
         _ = embed.tokenizer
@@ -390,6 +414,22 @@ def test_a_load_tells_its_progress(tiny_bert: Path) -> None:
             assert len(told) == 2
 
     asyncio.run(load())
+
+
+def test_a_load_that_nobody_waits_for_tells_its_end(tiny_bert: Path) -> None:
+    from ebbtide import factory
+
+    ended, pipes = threading.Event(), []
+    load = factory.begin("feature-extraction", tiny_bert, {"isolate": True}, ("here", 1))
+
+    def take() -> None:
+        pipes.append(load.outcome())
+        ended.set()
+
+    load.on_done(take)
+    assert ended.wait(10)
+    with pipes[0] as embed:
+        assert embed("the sea").shape == (1, 4, 32)
 
 
 def test_a_load_that_is_cancelled_leaves_no_process(tiny_bert: Path) -> None:

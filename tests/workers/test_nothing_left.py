@@ -164,11 +164,16 @@ def test_the_interpreters_exit_disposes_what_is_left(fresh_process: Any) -> None
         LOOK
         + """
 pipe = ebbtide.pipeline("feature-extraction", MODEL, isolate=True)
-pipe("the sea")
-print("pid", pipe.pid)
+forked = ebbtide.pipeline(
+    "feature-extraction", MODEL, isolate=IsolateOptions(start="fork-server")
+)
+pipe("the sea"), forked("the sea")
+print(pipe.pid, forked.pid)
 """
     )
-    assert not Path(f"/proc/{seen.split()[1]}").exists()
+    pids = seen.split()
+    assert len(pids) == 2, seen  # no warning, and no word of a crash
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_forked_child_says_that_it_is_not_its_own_and_ends_normally(fresh_process: Any) -> None:
@@ -196,7 +201,7 @@ assert pipe.dispose().verified
 @pytest.mark.parametrize("step", ["loading", "idle", "running", "stuck"])
 def test_a_parent_that_is_killed_leaves_no_process(step: str, start: str) -> None:
     script = f"""
-        import os, sys, threading
+        import logging, os, sys, threading
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         import ebbtide
         from ebbtide.workers import isolated
@@ -206,17 +211,19 @@ def test_a_parent_that_is_killed_leaves_no_process(step: str, start: str) -> Non
         isolated.lifecycle_of = lambda label, _, *rest: original(label, f"strange:{{name}}", *rest)
         def say(*event):
             print("ready", flush=True)
+        class Ears(logging.Handler):
+            def emit(self, record):
+                say()
+        logging.getLogger("ebbtide.there").addHandler(Ears())
         pipe = ebbtide.pipeline(
             "feature-extraction", {str(Path(__file__).parent.parent / "models" / "tiny-bert")!r},
             isolate=IsolateOptions(start={start!r}), progress=say if name == "slow" else False,
         )
-        if {step!r} in ("running", "stuck"):
-            what = "stop" if {step!r} == "running" else "block"
-            threading.Thread(target=lambda: pipe._made(what, (), {{}}).wait()).start()
-            while not pipe._worker._child.calls:
-                threading.Event().wait(0.01)
-        say()
-        threading.Event().wait()
+        if {step!r} == "idle":
+            say()
+            threading.Event().wait()
+        what = "wait" if {step!r} == "running" else "block"
+        pipe._made(what, (), {{}}).wait()
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
