@@ -197,7 +197,7 @@ class Load:
 
 
 def under_load(given: argparse.Namespace, *, prepared: bool) -> dict[str, Any]:
-    from ebbtide import PipelineManager, live
+    from ebbtide import PipelineManager, live, settings
     from ebbtide.memory import anonymous_bytes
 
     folder = given.folder / ("prepared" if prepared else "originals")
@@ -216,6 +216,8 @@ def under_load(given: argparse.Namespace, *, prepared: bool) -> dict[str, Any]:
         for one in models:
             prepare(TASK, one)
     spare = 200e6 if prepared else (given.megabytes + 8) * 1e6 * 12
+    if prepared:
+        settings.native_threads = 8  # so that calls fill the budget
     budget = int(anonymous_bytes() + 40e6 + spare)
     if given.cgroup:
         enter_group(int(budget * 1.2))
