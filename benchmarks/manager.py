@@ -215,7 +215,7 @@ def under_load(given: argparse.Namespace, *, prepared: bool) -> dict[str, Any]:
         options = {}
         for one in models:
             prepare(TASK, one)
-    spare = 200e6 if prepared else (given.megabytes + 8) * 1e6 * 12
+    spare = 100e6 if prepared else (given.megabytes + 8) * 1e6 * 12
     if prepared:
         settings.native_threads = 8  # so that calls fill the budget
     budget = int(anonymous_bytes() + 40e6 + spare)

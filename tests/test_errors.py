@@ -40,6 +40,10 @@ EXAMPLES: list[tuple[type[ebbtide.EbbtideError], dict[str, Any]]] = [
     (errors.PipelineInUseError, {"pipeline": "the pipeline", "sites": ("shop.py:3",)}),
     (errors.ManagerBusyError, {}),
     (errors.ManagerClosedError, {}),
+    (
+        errors.WorkerCrashedError,
+        {"pipeline": "the pipeline", "running": ("a call",), "status": -9},
+    ),
 ]
 NAMES = [error.__name__ for error, _ in EXAMPLES]
 
@@ -65,6 +69,8 @@ def test_every_error_is_of_one_tree_and_public() -> None:
         (errors.MissingExtraError, ImportError),
         (errors.OutOfBudgetError, MemoryError),
         (errors.LoadMemoryError, MemoryError),
+        (errors.WorkerMemoryError, MemoryError),
+        (errors.WorkerMemoryError, errors.WorkerCrashedError),
         (errors.AcquireTimeoutError, TimeoutError),
         (errors.DeviceNotAvailableError, errors.LoadError),
         (errors.PipelineInheritedError, errors.PipelineDisposedError),

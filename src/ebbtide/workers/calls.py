@@ -70,8 +70,8 @@ class Call:
         self.packet = None
         leave()
         self._done = True
+        self.tell(None)  # first, since a waiter may ask for the outcome
         call_all(self._waiters)
-        self.tell(None)
 
     def on_done(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called when it has ended; at once if it has."""

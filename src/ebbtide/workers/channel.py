@@ -101,6 +101,13 @@ def _put(file: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+class _End(socket.socket):
+    """A socket that is closed with its last reference, and is not warned of then."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Channel:
     """One end. It is closed when nobody refers to it, so that no thread sends to a closed one.
 
@@ -111,18 +118,15 @@ class Channel:
     __slots__ = ("_end",)
 
     def __init__(self, end: socket.socket) -> None:
-        self._end = end
+        self._end = _End(fileno=end.detach())
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            end.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+            self._end.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
 
     @classmethod
     def pair(cls) -> tuple[Channel, socket.socket]:
         """A channel, and the other end for another process."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(here), there
-
-    def __del__(self) -> None:
-        self._end.close()
 
     def fileno(self) -> int:
         """The descriptor, for polling."""

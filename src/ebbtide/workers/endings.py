@@ -105,27 +105,29 @@ def again(error: BaseException) -> BaseException:
     return copy.copy(error)
 
 
-def receipt_of(ended: Ended, receipt: DisposalReceipt) -> DisposalReceipt:
+def receipt_of(ended: Ended, receipt: DisposalReceipt, *, now: bool) -> DisposalReceipt:
     """What a disposal gave back, the child's memory with this process's.
 
     Args:
         ended: How the child came to its end; it is reaped, so that its memory is free.
         receipt: What this process measured of itself.
+        now: Whether it ended with this disposal, and not before.
     """
-    own = ended.receipt
-    reasons = [f"its process (pid {ended.pid}) {ended.how}, and all of its memory went with it"]
+    own, size = ended.receipt, ended.anonymous if now else 0
+    went = "and all of its memory went with it" if now else "before this disposal"
+    reasons = [f"its process (pid {ended.pid}) {ended.how}, {went}"]
     if own is not None:
         reasons.append(f"there: {own}")
     elif ended.killed:
         reasons.append(f"it did not end in time, and was sent {ended.killed}")
     elif ended.trouble:
         reasons.append(ended.trouble)
-    else:
+    elif now:
         reasons.append("it sent no receipt")
     reasons += () if receipt.verified else receipt.reasons
     return DisposalReceipt(
-        charged=ended.anonymous,
-        released=ended.anonymous,
+        charged=size,
+        released=size,
         retained=0,
         quiet=True,
         verified=receipt.verified,

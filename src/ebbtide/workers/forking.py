@@ -15,7 +15,7 @@ from ebbtide.cancellation import EbbtideThread
 from ebbtide.lifecycle import on_fork
 from ebbtide.workers.bell import Bell
 from ebbtide.workers.channel import Channel
-from ebbtide.workers.process import Child, environment, pipe
+from ebbtide.workers.process import Child, environment, pipe, socket_of
 from ebbtide.workers.server import FORK
 
 LINGER: Final = 30.0
@@ -67,13 +67,13 @@ class ForkServer:
     """
 
     def __init__(self) -> None:
-        self._end: socket.socket | None = None
+        self._end: Channel | None = None
         self.forget()
 
     def forget(self) -> None:
         """In a forked child: it is another's."""
         if self._end is not None:
-            self._end.close()
+            socket_of(self._end).close()
         self._end = None
         self._lock = threading.Lock()
         self._bell = Bell()
@@ -101,7 +101,7 @@ class ForkServer:
         reads, writes = pipe()
         try:
             files = array.array("i", [way.fileno(), writes, there.fileno()]).tobytes()
-            end.sendmsg([FORK], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+            socket_of(end).sendmsg([FORK], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
             there.close()
             return _Forked(channel, reads, told)
         except BaseException:
@@ -134,11 +134,12 @@ class ForkServer:
     def _close(self) -> None:
         end, self._end = self._end, None
         if end is not None:
-            end.close()
+            end.end()
 
     def _start(self, loader: str) -> None:
         """Start it, and wait for its imports."""
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        end, there = Channel.pair()
+        here = socket_of(end)
         here.settimeout(_STARTS)
         started: list[OSError] = []
         begun = threading.Event()
@@ -161,24 +162,23 @@ class ForkServer:
             finally:
                 there.close()
                 begun.set()
-            self._look_after(process, here)
+            self._look_after(process, end)
 
         EbbtideThread(target=look_after, name="ebbtide-fork-server", daemon=True).start()
         begun.wait()
         if started:
-            here.close()
             raise started[0]
         try:
             if not here.recv(len(FORK)):
                 raise OSError(0, "the fork server ended while it imported")
         except BaseException:
-            here.close()
+            end.end()
             raise
         here.settimeout(None)
-        self._end = here
+        self._end = end
         self._bell.ring()
 
-    def _look_after(self, process: subprocess.Popen[bytes], end: socket.socket) -> None:
+    def _look_after(self, process: subprocess.Popen[bytes], end: Channel) -> None:
         """Live as long as it: it ends with the thread that started it."""
         self._pid = process.pid
         pidfd = os.pidfd_open(process.pid)
@@ -192,12 +192,12 @@ class ForkServer:
             with self._lock:
                 if self._end is end:
                     self._close()
-            end.close()
+            end.end()
             process.wait()
             os.close(pidfd)
             self._pid = None
 
-    def _is_wanted(self, poll: select.poll, pidfd: int, end: socket.socket) -> bool:
+    def _is_wanted(self, poll: select.poll, pidfd: int, end: Channel) -> bool:
         """Wait for something to happen, and say whether the server is there and has a use."""
         happened = poll.poll(None if self._users else LINGER * 1000)
         with self._lock:

@@ -72,7 +72,7 @@ class WorkerLifecycle(Lifecycle):
         """The disposer's last word, with what the worker's own receipt says."""
         worker, self.worker = self.worker, None
         if worker is not None and worker.ended is not None:
-            receipt = receipt_of(worker.ended, receipt)
+            receipt = receipt_of(worker.ended, receipt, now=worker.was_there)
             if error is not None:
                 error.receipt = receipt
         super().finish(receipt, state=state, error=error)

@@ -49,7 +49,10 @@ class Teller:
         with self._lock:
             if self._thread is None:
                 thread = EbbtideThread(target=self._run, name="ebbtide-teller", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter ends, or there is no room for a thread
+                    return
                 self._thread = thread
         if self._queue.qsize() < _MOST:
             self._queue.put(function)
