@@ -668,3 +668,15 @@ def test_managers_that_come_and_go_leave_nothing(fresh_process: Any) -> None:
         """
     )
     assert int(out.split("grown")[1]) < 1_000_000
+
+
+def test_a_pipeline_in_a_process_of_its_own_is_charged_with_all_that_the_process_takes(
+    manager: PipelineManager,
+) -> None:
+    assert use(manager, isolate=True)[-1] == 32
+    (one,) = manager.status().entries
+    assert one.anonymous > 15_000_000
+    receipt = manager.evict(TASK, BERT, isolate=True)
+    assert receipt is not None
+    assert receipt.charged > 15_000_000
+    assert receipt.verified

@@ -194,10 +194,10 @@ class Books:
     def measure(self) -> None:
         """Look at what the process holds."""
         anonymous = self._anonymous()
-        still = sum([slot.charge for slot in self if slot.is_still])
-        self._beside.saw(
-            self.clock(), anonymous - still, anonymous - self.charged, self._reserved()
-        )
+        inside = [slot for slot in self if not slot.is_outside]
+        still = sum([slot.charge for slot in inside if slot.is_still])
+        charged = sum([slot.charge for slot in inside])
+        self._beside.saw(self.clock(), anonymous - still, anonymous - charged, self._reserved())
 
     # What a slot needs
 

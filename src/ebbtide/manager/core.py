@@ -218,13 +218,12 @@ class Core:
 
     def _look(self) -> None:
         """After what was asked for: what moved meanwhile, and the clock."""
-        if self._changes != ledger.changes:
-            self._changes = ledger.changes
-            for slot in self.books:
-                if slot.phase is Phase.READY:
-                    size = self.hands.measured(slot, slot.pipe)
-                    if size != slot.size:
-                        self.desk.resized(slot, size)
+        changed, self._changes = self._changes != ledger.changes, ledger.changes
+        for slot in self.books:
+            if slot.phase is Phase.READY and (changed or slot.is_outside):
+                size = self.hands.measured(slot, slot.pipe)
+                if size != slot.size:
+                    self.desk.resized(slot, size)
         self.desk.tick()
 
     def end(self) -> None:

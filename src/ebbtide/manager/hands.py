@@ -32,6 +32,9 @@ MOST_LOOKUPS = 4
 PATIENCE = 5.0
 """Seconds that a sleep waits for calls of somebody who has no lease any more."""
 
+OF_A_PROCESS = 36_000_000
+"""Anonymous bytes of a process that has no model yet."""
+
 SECONDS_A_BYTE = 2e-9
 """What a load takes where nothing is known: two seconds a gigabyte."""
 
@@ -94,8 +97,9 @@ class PipelineHands:
     def _sized(self, slot: Slot, found: LoadEstimate) -> None:
         key = f"{slot.task} {found.model} {found.content} onnxruntime {version()}"
         options = slot.options.get("session_options")
-        self._keys[slot.key] = f"{key} {options}" if options else key
-        size = guessed(found)
+        key += f" {options}" if options else ""
+        self._keys[slot.key] = f"{key} isolated" if slot.is_outside else key
+        size = guessed(found, isolated=slot.is_outside)
         self._guesses[slot.key] = size
         seconds = SECONDS_A_BYTE * (size.awake + size.mapped)
         known = self._estimates.of(self._keys[slot.key])
@@ -222,6 +226,9 @@ class PipelineHands:
             mapped += one.mapped // max(1, one.owners)
             frees += one.anonymous if one.owners <= 1 else 0
         awake, asleep = sessions + tokenizers, tokenizers
+        if slot.is_outside:
+            awake = frees = pipe._lifecycle.charged  # all that its process takes
+            asleep, sure = max(0, awake - sessions), True
         if not sure:
             shared = awake - frees
             awake, asleep = fallback
@@ -236,7 +243,8 @@ def _lent(holds: dict[Hold, None]) -> list[tuple[weakref.ref[Any], str]]:
     return [(hold.lease, hold.place) for hold in tuple(holds) if hold.lease is not None]
 
 
-def guessed(found: LoadEstimate) -> Size:
+def guessed(found: LoadEstimate, *, isolated: bool) -> Size:
     """What a pipeline takes by its files alone."""
-    awake = found.session + found.tokenizer
-    return Size(awake, found.tokenizer, found.peak, found.mapped, None, found.devices)
+    base = OF_A_PROCESS if isolated else 0
+    awake, asleep = base + found.session + found.tokenizer, base + found.tokenizer
+    return Size(awake, asleep, base + found.peak, found.mapped, None, found.devices)

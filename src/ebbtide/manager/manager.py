@@ -468,7 +468,8 @@ class PipelineManager:
         slot = self._slot(task, model, options)
         if slot.size is None:
             slot = Slot(slot.key, slot.task, slot.model, slot.options, slot.site)
-            slot.resize(guessed(factory.load_estimate(task, model, options, fetch=False)))
+            found = factory.load_estimate(task, model, options, fetch=False)
+            slot.resize(guessed(found, isolated=slot.is_outside))
         return explanation_of(self._core.books, len(self._core.desk.waiting), slot)
 
     def subscribe(self, function: Callable[[ManagerEvent], object], *kinds: str) -> Subscription:

@@ -166,6 +166,11 @@ class Slot:
         return self.size.devices.get(device, 0)
 
     @property
+    def is_outside(self) -> bool:
+        """Whether its memory is another process's."""
+        return bool(self.options.get("isolate"))
+
+    @property
     def is_still(self) -> bool:
         """Whether nothing goes on with it: it is ready or asleep."""
         return self.phase is Phase.READY or self.phase is Phase.ASLEEP
