@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from ebbtide.errors import (
 )
 from ebbtide.manager import ManagerEvent
 from ebbtide.manager.slots import Phase, Slot
+from ebbtide.memory import PressureEvent, snapshot
 
 TASK = "feature-extraction"
 MODELS = Path(__file__).parent.parent / "models"
@@ -680,3 +682,40 @@ def test_a_pipeline_in_a_process_of_its_own_is_charged_with_all_that_the_process
     assert receipt is not None
     assert receipt.charged > 15_000_000
     assert receipt.verified
+
+
+# Pressure
+
+
+def pressure(level: Any, share_left: float, less: int = 0) -> PressureEvent:
+    found = snapshot()
+    left = int(found.limit.bytes * share_left) - less
+    return PressureEvent(level, "psi (machine)", dataclasses.replace(found, available=left))
+
+
+def test_near_the_limit_what_is_not_leased_sleeps_and_then_goes() -> None:
+    heard: list[PressureEvent] = []
+    with PipelineManager("2 GiB", remember=False, on_pressure=heard.append) as manager:
+        use(manager, BERT)
+        with manager.acquire(TASK, ROBERTA) as leased:
+            for phase in ("asleep", "empty"):
+                moved = threading.Event()
+                with manager.subscribe(
+                    lambda event, moved=moved: moved.set(), "sleeping", "disposed"
+                ):
+                    manager._core._pressed(pressure("limit", 0.1, 50_000))
+                    assert moved.wait(30)
+                phases = {one.key: one.phase for one in manager.status().entries}
+                assert phases[f"{TASK} {BERT}"] == phase
+            assert leased("still here").shape[-1] == 32
+    assert [event.level for event in heard] == ["limit", "limit"]
+
+
+def test_stalls_while_memory_is_to_spare_change_nothing(manager: PipelineManager) -> None:
+    use(manager, BERT)
+    manager._core._pressed(pressure("full", 0.9))
+    done = threading.Event()
+    manager._core.post(done.set)
+    assert done.wait(30)
+    assert manager.status().entries[0].phase == "ready"
+    assert manager.status().counts["pressure"] == 1

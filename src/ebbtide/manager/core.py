@@ -31,6 +31,7 @@ from ebbtide.manager.policy import History
 from ebbtide.manager.slots import Ask, Hold, Phase, Settled, Slot, Wish
 from ebbtide.memory.ledger import ledger
 from ebbtide.memory.monitor import Monitor, PressureEvent, Reading, read
+from ebbtide.memory.pressure import TIGHT
 from ebbtide.memory.reaper import reaper
 from ebbtide.memory.workspace import Allowance, workspace
 
@@ -40,6 +41,8 @@ LOW = 0.1
 """The share of the limit that is to be free again after the kernel told that it is near."""
 FAULTS = 200
 """Pages a second that are read again from a disk, above which what maps files is to sleep."""
+SAVED_EACH = 60.0
+"""Seconds after which what was learned is written, if anything happens."""
 ROOM = 2.0
 """Seconds for which a call waits for others to sleep or go."""
 _LONGEST_WAIT = 3600.0
@@ -76,6 +79,7 @@ class Core:
         self._on_pressure = on_pressure
         self._is_watching = self._is_ended = False
         self._faults = 0
+        self._saved = books.clock()
         self._changes = 0
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -225,12 +229,18 @@ class Core:
                 if size != slot.size:
                     self.desk.resized(slot, size)
         self.desk.tick()
+        if self.books.clock() - self._saved > SAVED_EACH:
+            self._save()
+
+    def _save(self) -> None:
+        self._saved = self.books.clock()
+        self.estimates.save(workspace.as_dict())
 
     def end(self) -> None:
         """End everything that goes on; nothing is loaded any more."""
         self.monitor.stop()
         self.feed.stop()
-        self.estimates.save(workspace.as_dict())
+        self._save()
         self._is_ended = True
         self._queue.put(None)
         _cores.discard(self)
@@ -325,7 +335,8 @@ class Core:
                 log.exception("on_pressure failed; the manager does what it does.")
         found = event.snapshot
         missing = int(found.limit.bytes * LOW) - found.available if event.level == "limit" else 0
-        self.post(partial(self.desk.pressed, max(0, missing)))
+        if missing > 0 or found.available <= found.limit.bytes * TIGHT:  # else it is not our doing
+            self.post(partial(self.desk.pressed, max(0, missing)))
 
     def forget(self) -> None:
         """In a forked child: nothing is loaded, lent or asked for, and no thread is here."""
