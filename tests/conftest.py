@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, but those with a hub of their own
 os.environ["EBBTIDE_PREPARE"] = "off"  # but in the tests of it
+_cache = tempfile.TemporaryDirectory(prefix="ebbtide-tests-")  # what the user has prepared is theirs
+os.environ["EBBTIDE_CACHE_DIR"] = _cache.name
 
 import ebbtide
 

@@ -164,9 +164,9 @@ def test_trimming_is_done_once_for_a_batch_and_largest_first(
     trims: list[int] = []
     release, trim = reaper_module._release, allocator.trim
 
-    def noting(life):
+    def noting(life, working):
         order.append(life.label.rpartition("/")[2])
-        return release(life)
+        return release(life, working)
 
     monkeypatch.setattr(reaper_module, "_release", noting)
     monkeypatch.setattr(allocator, "trim", lambda: (trims.append(len(order)), trim())[1])
@@ -182,7 +182,7 @@ def test_trimming_is_done_once_for_a_batch_and_largest_first(
     for thread in threads:
         thread.join(30)
     assert order == ["tiny-roberta", "tiny-mlm", "tiny-bert", "tiny-distilbert"]
-    assert trims == [4]
+    assert trims == [0, 4], "once for what calls left, and once for what was released"
 
 
 def test_dispose_all_disposes_every_live_pipeline(tiny_bert: Path) -> None:
@@ -257,3 +257,14 @@ def test_no_mallopt_is_called_where_the_settings_forbid_it(fresh_process) -> Non
         """
     assert fresh_process(script).strip() == "True"
     assert fresh_process(script, EBBTIDE_MALLOC="system").strip() == "False"
+
+
+def test_what_calls_left_and_the_allocator_gave_back_by_itself_is_not_charged(
+    tiny_bert: Path,
+) -> None:
+    pipe = ebbtide.pipeline("feature-extraction", tiny_bert)
+    pipe._lifecycle.working = 500_000_000
+    receipt = pipe.dispose()
+    assert receipt.charged < 100_000_000
+    assert receipt.retained < 1_000_000
+    assert receipt.verified

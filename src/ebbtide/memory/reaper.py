@@ -238,8 +238,9 @@ class Reaper:
         life = request.wish.lifecycle
         window = activity.begin().measure()
         life.state = State.SLEEPING
+        working = _left_by_calls([life], window)
         with allocator.shrinking():
-            released = _release(life, deep=request.deep)
+            released = _release(life, working[life], deep=request.deep)
         change, quiet, method = _give_back([released], window, collect=request.wish.collect)
         return _receipt(
             released,
@@ -274,8 +275,9 @@ class Reaper:
         started = time.perf_counter()
         window = activity.begin().measure()
         order = sorted(batch, key=lambda life: life.charged, reverse=True)
+        working = _left_by_calls(order, window)
         with allocator.shrinking():
-            outcome = {life: _release(life) for life in order}
+            outcome = {life: _release(life, working[life]) for life in order}
         may_collect = all(one.collect for one in batch.values())
         change, quiet, method = _give_back(outcome.values(), window, collect=may_collect)
         for life, one in outcome.items():
@@ -313,17 +315,36 @@ def _give_back(
     return change, quiet, method
 
 
-def _release(life: Lifecycle, *, deep: bool | None = None) -> _Released:
+def _left_by_calls(lives: Collection[Lifecycle], window: Window) -> dict[Lifecycle, int]:
+    """What calls of pipelines left in the process: what they were charged with, if it is there.
+
+    The allocator gives memory back by itself too, as when another call's top grew beyond its
+    threshold, and nobody notices whose that was.
+    """
+    left = {life: life.working for life in lives}
+    if sum(left.values()) > TOLERANCE_BYTES and settings.trim:
+        before = window.change() or 0
+        allocator.trim()
+        given = before - (window.change() or 0)
+        for life, working in left.items():
+            if working - given > TOLERANCE_BYTES:
+                left[life] = max(0, given)
+            given -= left[life]
+    return left
+
+
+def _release(life: Lifecycle, working: int, *, deep: bool | None = None) -> _Released:
     """Release everything one pipeline owns, whatever fails on the way.
 
     Args:
         life: Whose.
+        working: Bytes that its calls left.
         deep: For a sleep, whether its tokenizer sleeps too; None to release all for good.
     """
     resources = tuple(life.resources)
     if deep is not None:
         resources = tuple(one for one in resources if deep or one.kind != "tokenizer")
-    charged = life.working + life.cached + sum(one.charge for one in resources)
+    charged = working + life.cached + sum(one.charge for one in resources)
     result = _Released(charged, [], [], [])
     if life.running:
         result.reasons.append(
