@@ -330,6 +330,16 @@ def test_what_could_not_sleep_since_somebody_calls_it_is_left_alone_for_a_while(
     assert is_given(asked)
 
 
+def test_no_more_are_loaded_at_once_than_may_be(world: World) -> None:
+    world.desk.most_loads = 2
+    slots = [world.slot(name, 10) for name in "abc"]
+    asks = [world.ask(slot) for slot in slots]
+    assert world.doing() == [("load", "a"), ("load", "b")]
+    world.done("load", slots[1])
+    assert world.doing() == [("load", "a"), ("load", "c")]
+    assert [ask.is_settled for ask in asks] == [False, True, False]
+
+
 # What goes
 
 

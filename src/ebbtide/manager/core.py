@@ -41,6 +41,8 @@ LOW = 0.1
 """The share of the limit that is to be free again after the kernel told that it is near."""
 FAULTS = 200
 """Pages a second that are read again from a disk, above which what maps files is to sleep."""
+MOST_LOADS = 2
+"""Loads at once: one that takes long holds up no other."""
 SAVED_EACH = 60.0
 """Seconds after which what was learned is written, if anything happens."""
 ROOM = 2.0
@@ -74,7 +76,7 @@ class Core:
         self.counts: collections.Counter[str] = collections.Counter()
         self.monitor = Monitor(on_pressure=self._pressed, sampler=self._sample)
         self.hands = PipelineHands(self.post, self.estimates)
-        self.desk = Desk(self.hands, books, self.tell, most_waiting)
+        self.desk = Desk(self.hands, books, self.tell, most_waiting, MOST_LOADS)
         self.hands.desk = self.desk
         self._on_pressure = on_pressure
         self._is_watching = self._is_ended = False

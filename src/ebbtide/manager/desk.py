@@ -30,6 +30,8 @@ OVERTAKEN = 2.0
 MOST_KNOWN = 1000
 """Pipelines that are not loaded and of which is known what they take and how they were used."""
 
+_LOADING = frozenset({Phase.LOADING, Phase.WAKING})
+
 Tell = Callable[..., object]
 
 
@@ -63,6 +65,8 @@ class Desk:
         books: The slots, and the sums.
         tell: Told what happens: a word, the slot, and facts.
         most_waiting: How many may wait.
+        most_loads: How many may be loaded or woken at once. Each reserves what it takes meanwhile,
+            and more than there are threads to load on would reserve it for nothing.
 
     Attributes:
         waiting: Who waits, in the order they came.
@@ -76,10 +80,12 @@ class Desk:
         books: Books,
         tell: Tell = lambda kind, slot, **facts: None,
         most_waiting: float = 1000,
+        most_loads: float = math.inf,
     ) -> None:
         self.hands = hands
         self.books = books
         self.most_waiting = most_waiting
+        self.most_loads = most_loads
         self.waiting: list[Ask] = []
         self.listens = False
         self.wakes_at = math.inf
@@ -402,6 +408,8 @@ class Desk:
             return True
         if slot.has_retried and self.books.leaving:
             return False  # memory ran out: what goes for it is to be gone first
+        if len([one for one in self.books if one.phase in _LOADING]) >= self.most_loads:
+            return False
         if not first:
             fits = late < OVERTAKEN and self.books.fits(slot)
             if fits:

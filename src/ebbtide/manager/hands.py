@@ -142,20 +142,24 @@ class PipelineHands:
         size = self.measured(slot, pipe)
         self.desk.loaded(slot, pipe, size)
         if size.is_measured:
-            self._learn(slot, size)
+            self._learn(slot, pipe, size)
 
-    def _learn(self, slot: Slot, size: Size) -> None:
-        key = self._keys.get(slot.key)
-        if key is not None:
-            known = Known(
-                size.awake,
-                size.asleep,
-                size.loading,
-                size.mapped,
-                round(slot.reload_seconds, 4),
-                round(slot.wake_seconds, 4),
-            )
-            self._estimates.learn(key, known)
+    def _learn(self, slot: Slot, pipe: Pipeline, size: Size) -> None:
+        """Keep what it takes alone: another time it may share nothing."""
+        holdings = pipe.memory.holdings
+        asleep = sum(one.anonymous for one in holdings if one.kind == "tokenizer")
+        awake = sum(one.anonymous for one in holdings)
+        if slot.is_outside:
+            awake, asleep = size.awake, size.asleep
+        known = Known(
+            awake,
+            asleep,
+            awake + size.loading - size.awake,
+            size.mapped,
+            round(slot.reload_seconds, 4),
+            round(slot.wake_seconds, 4),
+        )
+        self._estimates.learn(self._keys[slot.key], known)
 
     def _disposed(self, slot: Slot, life: Lifecycle) -> None:
         if slot.pipe is not None and slot.pipe._lifecycle is life:
@@ -215,24 +219,26 @@ class PipelineHands:
         memory = pipe.memory
         key = self._keys.get(slot.key, "")
         guess, known = self._guesses[slot.key], self._estimates.of(key)
-        fallback = (known.awake, known.asleep) if known else (guess.awake, guess.asleep)
-        sessions = tokenizers = mapped = frees = 0
+        asleep_alone = known.asleep if known else guess.asleep
+        session_alone = (known.awake if known else guess.awake) - asleep_alone
+        sessions = tokenizers = mapped = shared = 0
         sure = True
         for one in memory.holdings:
-            share = one.anonymous // max(1, one.owners)
-            sure = sure and (one.quiet or one.source == "prepared")
-            sessions += share if one.kind != "tokenizer" else 0
-            tokenizers += share if one.kind == "tokenizer" else 0
-            mapped += one.mapped // max(1, one.owners)
-            frees += one.anonymous if one.owners <= 1 else 0
-        awake, asleep = sessions + tokenizers, tokenizers
+            owners = max(1, one.owners)
+            share = one.anonymous // owners
+            if one.kind == "tokenizer":
+                share = share if one.quiet else asleep_alone // owners
+                tokenizers += share
+            else:
+                sure = sure and (one.quiet or one.source == "prepared")
+                sessions += share
+            shared += share if owners > 1 else 0
+            mapped += one.mapped // owners
+        awake, asleep = (sessions if sure else session_alone) + tokenizers, tokenizers
+        frees = max(0, awake - shared)
         if slot.is_outside:
             awake = frees = pipe._lifecycle.charged  # all that its process takes
             asleep, sure = max(0, awake - sessions), True
-        if not sure:
-            shared = awake - frees
-            awake, asleep = fallback
-            frees = max(0, awake - shared)
         transient = 0 if mapped else guess.peak - guess.awake
         peak, asleep = awake + transient, min(asleep, awake)
         return Size(awake, asleep, peak, mapped, frees, guess.devices, sure)
