@@ -28,6 +28,7 @@ from ebbtide.errors import (
     PipelineInUseError,
 )
 from ebbtide.manager import ManagerEvent
+from ebbtide.manager import core as core_module
 from ebbtide.manager.slots import Phase, Slot
 from ebbtide.memory import PressureEvent, snapshot
 
@@ -719,3 +720,21 @@ def test_stalls_while_memory_is_to_spare_change_nothing(manager: PipelineManager
     assert done.wait(30)
     assert manager.status().entries[0].phase == "ready"
     assert manager.status().counts["pressure"] == 1
+
+
+def test_where_mapped_pages_are_read_again_and_again_what_maps_files_sleeps(
+    manager: PipelineManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(manager, ROBERTA)
+    use(manager, BERT, prepare="now")
+    assert manager.status().mapped > 0
+    moved = threading.Event()
+    faults = iter([0, 10, 1_000_000])
+    monkeypatch.setattr(core_module, "_major_faults", lambda: next(faults, 1_000_000))
+    with manager.subscribe(lambda event: moved.set(), "sleeping"):
+        manager._core.monitor.stop()
+        for _ in range(3):
+            manager._core._sample()
+        assert moved.wait(30)
+    phases = {one.key: one.phase for one in manager.status().entries}
+    assert phases == {f"{TASK} {ROBERTA}": "ready", f"{TASK} {BERT} (prepare='now')": "asleep"}
