@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ebbtide.errors import InputError
 from ebbtide.manager import POLICIES, Entry, History, Need, Plan, Policy, Use, choose, expired
-from ebbtide.manager.policy import rate
+from ebbtide.manager.policy import EVERY, PRIOR, popularity
 
 
 def by_size(entries: Sequence[Entry], need: Need, now: float) -> dict[str, float]:
@@ -27,6 +27,7 @@ def backwards(entries: Sequence[Entry], need: Need, now: float) -> list[str]:
 
 policies = st.sampled_from([*POLICIES, by_size, backwards])
 seconds = st.floats(0, 100)
+uses = st.floats(0, 500)
 
 
 @st.composite
@@ -45,7 +46,9 @@ def entries(draw: st.DrawFn) -> list[Entry]:
                     draw(seconds),
                     draw(st.integers(0, 300)),
                     draw(st.integers(1, 5)),
-                    draw(st.floats(1, 500)),
+                    draw(st.tuples(uses, uses, uses)),
+                    draw(st.sampled_from([(0, -1, -1), (0, 32, 64), (96, 32, 64)])),
+                    draw(st.integers(0, 2)),
                 ),
                 leased=draw(st.integers(0, 5)) == 0,
                 pinned=draw(st.integers(0, 5)) == 0,
@@ -209,15 +212,39 @@ def test_cost_takes_the_larger_of_two_that_take_as_long() -> None:
     assert first("cost", model("a small"), model("b large", bytes_awake=1000)) == "b large"
 
 
+def test_cost_spares_the_larger_of_two_that_take_as_long_a_byte() -> None:
+    large = model("a large", bytes_awake=910, wake_seconds=5.0)
+    assert first("cost", large, model("b small")) == "b small"
+
+
 def test_cost_spares_what_is_used_often_although_another_is_newer() -> None:
-    often = model("often", use=Use(40.0, turn=95, count=9, gap=10.0))
+    often = model("often", use=Use(40.0, turn=95, often=(9.0, 0.0, 0.0)))
     assert first("cost", often, model("newer")) == "newer"
 
 
-def test_cost_takes_what_was_used_often_once_it_is_used_no_more() -> None:
-    once_often = model("once often", use=Use(1.0, turn=1, count=9, gap=10.0))
-    newer = model("newer", use=Use(90.0, turn=200, count=3, gap=20.0))
+def test_cost_takes_what_was_used_often_long_ago() -> None:
+    once_often = model("once often", use=Use(1.0, turn=1, often=(9.0, 0.0, 0.0)))
+    newer = model("newer", use=Use(90.0, turn=3000, often=(2.0, 0.0, 0.0)))
     assert first("cost", once_often, newer) == "once often"
+
+
+def test_cost_takes_what_was_used_often_before_popularity_shifted() -> None:
+    before = Use(1.0, turn=40, often=(30.0, 9.0, 20.0), starts=(0, 32, 16))
+    after = Use(9.0, turn=99, often=(2.0, 2.0, 2.0), starts=(0, 32, 64), likeliest=2)
+    there = [model("before", use=before), model("after", use=after)]
+    assert first("cost", *there) == "before"
+    sure_of_none = dataclasses.replace(after, likeliest=0)
+    assert first("cost", there[0], model("after", use=sure_of_none)) == "after"
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=300))
+def test_of_equals_cost_takes_the_least_popular(asked: list[str]) -> None:
+    history = History()
+    for second, key in enumerate(asked):
+        newest = history.used(key, float(second))
+    there = {key: model(key, use=history.of(key)) for key in asked}
+    least = min(there.values(), key=lambda one: (popularity(one.use, newest), one.use.at))
+    assert first("cost", *there.values()) == least.key
 
 
 def test_cost_goes_by_the_time_to_load_where_something_cannot_sleep() -> None:
@@ -322,14 +349,51 @@ def test_a_burst_of_one_model_is_one_turn_and_ages_no_other() -> None:
     for second in range(100):
         burst = history.used("burst", float(second))
     assert (history.turn, burst.turn, burst.count) == (2, 2, 100)
-    assert burst.gap == Use(0.0).gap
+    assert popularity(burst, burst) == PRIOR + 1
+    other = history.of("other")
+    assert other is not None
+    assert popularity(other, burst) == pytest.approx(PRIOR + 1, abs=0.01)
 
 
-def test_a_model_that_is_used_every_other_turn_has_a_gap_of_two() -> None:
+def asked(history: History, models: str, turns: int, seed: int = 1) -> Use:
+    """The newest use, after so many: the first model is the most popular by far."""
+    dice = random.Random(seed)
+    weights = [1 / (place + 1) for place in range(len(models))]
+    for second in range(turns):
+        use = history.used(dice.choices(models, weights)[0], float(second))
+    return use
+
+
+def since(use: Use) -> int:
+    return use.starts[use.likeliest]
+
+
+def test_a_shift_of_popularity_is_noticed_and_what_was_popular_before_weighs_nothing() -> None:
     history = History()
-    for second in range(200):
-        use = history.used("ab"[second % 2], float(second))
-    assert use.gap == pytest.approx(2.0, abs=0.1)
+    assert since(asked(history, "abcdefghijkl", 600)) == 0
+    shifted = history.turn
+    newest = asked(history, "lkjihgfedcba", 400)
+    assert abs(since(newest) - shifted) <= 2 * EVERY
+    once_popular, popular = history.of("a"), history.of("l")
+    assert once_popular is not None
+    assert popular is not None
+    assert popularity(once_popular, newest) < popularity(popular, newest) / 3
+
+
+def test_no_shift_is_seen_where_popularity_stays() -> None:
+    assert {since(asked(History(), "abcdefghijkl", 2000, seed)) for seed in range(5)} == {0}
+
+
+def test_after_many_models_and_turns_the_likeliest_is_still_known() -> None:
+    history = History()
+    for second in range(20_000):
+        use = history.used(f"model {second % 5000}", float(second))
+    for second in range(600):
+        use = history.used(f"model {second % 3}", float(second))
+    assert since(use) > 20_000 - 2 * EVERY
+    popular = history.of("model 0")
+    assert popular is not None
+    assert popularity(popular, use) > 100
 
 
 def test_what_is_known_outlives_a_model_until_it_is_forgotten() -> None:
@@ -343,22 +407,27 @@ def test_what_is_known_outlives_a_model_until_it_is_forgotten() -> None:
 
 
 @given(st.floats(1, 1000), st.integers(0, 10_000), st.integers(1, 10_000))
-def test_a_rate_falls_with_silence_but_never_to_nothing(gap: float, age: int, more: int) -> None:
-    use = Use(0.0, turn=0, gap=gap)
-    assert rate(use, age) > rate(use, age + more) > 0
+def test_popularity_falls_with_silence_but_never_to_nothing(
+    times: float, age: int, more: int
+) -> None:
+    use = Use(0.0, often=(times, 0.0, 0.0))
+    sooner, later = (popularity(use, Use(0.0, turn=turn)) for turn in (age, age + more))
+    assert sooner > later > 0
 
 
-def test_a_scan_over_all_models_leaves_the_popular_ones() -> None:
+@pytest.mark.parametrize("scanned_before", [False, True])
+def test_a_scan_over_all_models_leaves_the_popular_ones(scanned_before: bool) -> None:
     history = History()
-    for second in range(300):
-        history.used(f"popular {second % 3}", float(second))
-    for second in range(60):
-        history.used(f"scanned {second}", 300.0 + second)
+    for begun in (0.0, 400.0) if scanned_before else (0.0,):
+        for second in range(300):
+            history.used(f"popular {second % 3}", begun + second)
+        for second in range(60):
+            history.used(f"scanned {second}", begun + 300.0 + second)
     keys = [*(f"popular {n}" for n in range(3)), *(f"scanned {n}" for n in range(60))]
     there = [model(key, use=history.of(key)) for key in keys]
-    plan = choose("cost", there, Need(60 * 90), 400.0)
+    plan = choose("cost", there, Need(60 * 90), 800.0)
     assert all(key.startswith("scanned") for key in plan.sleep)
-    assert "popular 0" in choose("lru", there, Need(60 * 90), 400.0).sleep
+    assert "popular 0" in choose("lru", there, Need(60 * 90), 800.0).sleep
 
 
 # What cannot be used

@@ -10,14 +10,14 @@ choices is in each entry's `Use`, which `History` keeps, also of models that are
 - No step is needless: without any one of them the plan would not be enough.
 - Where nothing is enough, nothing is taken.
 
-The policy "cost" takes first what is worth least a byte: how often it will be used, times the
-seconds to have it back, by the bytes that it frees. That is what GreedyDual-Size-Frequency
-(Cherkasova 1998) ranks by, but with a rate of use where that has a count and a clock. The rate is 1
-by the mean gap between uses, in which the time since the last use counts as the newest gap. So
-what is used often is known after a few uses, whatever the window; what is no longer used falls by
-itself when popularity shifts; and what was used once, as in a scan, is worth little although it
-is new. Time is counted in *turns*, and a burst of one model is a single turn: it neither ages the
-others nor makes its model look popular.
+The policy "cost" takes first what is worth least a byte: how often it was used, times the seconds
+to have it back, by the bytes that it frees. That is what GreedyDual-Size-Frequency (Cherkasova
+1998) ranks by, but only uses since popularity last shifted count, the older ones less. When that
+was is inferred from the uses of all models, by Bayesian changepoint detection (Adams and MacKay
+2007): `History` counts from a few *beginnings*, and believes the one that foretells the uses after
+it best. And what is large is spared a little: it pushes more out when it comes back. Time is
+counted in *turns*, and a burst of one model is a single turn: it neither ages the others nor makes
+its model look popular. A scan adds one use to each, and tells nothing of a shift.
 """
 
 from __future__ import annotations
@@ -30,76 +30,120 @@ from typing import Literal
 
 from ebbtide.errors import InputError, nearest, unknown_value
 
-LEARN = 0.25
-"""The share of the newest gap in the mean gap."""
-FIRST_GAP = 200.0
-"""The mean gap, in turns, of what was used once."""
+EVERY = 32
+"""The turns between two beginnings from which uses are counted."""
+BEGINNINGS = 3
+"""How many are kept; a new one takes the place of the least likely."""
+HAZARD = 1 / 2000
+"""How likely popularity shifts at any one turn."""
+RECENT = 128
+"""A use tells of a shift only where the one before is at most so many turns old: a scan is none."""
+FADE = math.exp(-1 / 1000)
+"""What a use counts a turn later; half after 693 turns."""
+PRIOR = 1.0
+"""The uses that a model is taken to have had before any was seen."""
+SIZE = 0.8
+"""The power of the bytes in what something is worth a byte; 1 would not spare what is large."""
+
+_STARTS = (0,) + (-1,) * (BEGINNINGS - 1)
+_NONE = (0.0,) * BEGINNINGS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Use:
     """How one model was used until now.
 
-    A turn ends when another model is used than before. A user may keep one of these for a model
-    that is not loaded: it weighs nothing.
+    A turn ends when another model is used than before.
 
     Attributes:
         at: When it was used last, in seconds of the caller's clock.
         turn: The turn of that use.
         count: How many times it was used.
-        gap: The mean turns between its uses, in which the newest count most; above 0.
+        often: The uses after each beginning, in which the newest count most.
+        starts: The beginnings that were kept at that use: turns, or -1 where there is none.
+        likeliest: Which of them popularity was likeliest to have shifted at last.
     """
 
     at: float
     turn: int = 0
     count: int = 1
-    gap: float = FIRST_GAP
+    often: tuple[float, ...] = _NONE
+    starts: tuple[int, ...] = _STARTS
+    likeliest: int = 0
 
     def again(self, at: float, turn: int) -> Use:
-        """This, after one more use.
-
-        Example:
-            >>> Use(at=5.0, turn=1, gap=100.0).again(9.0, turn=61)
-            Use(at=9.0, turn=61, count=2, gap=90.0)
-        """
-        gap = self.gap
-        if turn > self.turn:
-            gap += LEARN * (turn - self.turn - gap)
-        return Use(at, max(turn, self.turn), self.count + 1, gap)
+        """This, after one more use in the same turn."""
+        return Use(at, turn, self.count + 1, self.often, self.starts, self.likeliest)
 
 
 class History:
     """The uses of every model that was ever asked for, loaded or not, and the turn it is.
 
-    It reads no clock and takes no lock: its owner does.
+    It reads no clock and takes no lock. Several threads may use it at once: a use may then be lost,
+    which matters little.
 
     Attributes:
         turn: How many times another model was used than before.
 
     Example:
         >>> history = History()
-        >>> history.used("a", 1.0), history.used("a", 2.0).count
-        (Use(at=1.0, turn=1, count=1, gap=200.0), 2)
+        >>> history.used("a", 1.0).turn, history.used("a", 2.0).count
+        (1, 2)
         >>> history.used("b", 3.0).turn
         2
     """
 
-    __slots__ = ("_last", "_uses", "turn")
+    __slots__ = ("_last", "_likely", "_seen", "_starts", "_uses", "turn")
 
     def __init__(self) -> None:
         self.turn = 0
         self._last: str | None = None
         self._uses: dict[str, Use] = {}
+        self._starts = _STARTS
+        self._seen = list(_NONE)  # The uses of all models after each beginning
+        self._likely = [1.0, *_NONE[1:]]
 
     def used(self, key: str, now: float) -> Use:
         """Note a use, and say what is known of the model now."""
-        if key != self._last:
+        before = self._uses.get(key)
+        if before and key == self._last:
+            use = before.again(now, before.turn)
+        else:
             self._last = key
             self.turn += 1
-        before = self._uses.get(key)
-        use = before.again(now, self.turn) if before else Use(now, self.turn)
+            if self.turn % EVERY == 0:
+                self._begin()
+            use = self._next(before, now)
         self._uses[key] = use
         return use
+
+    def _next(self, before: Use | None, now: float) -> Use:
+        """The use in a new turn; and each beginning is as likely as it foretold that use.
+
+        By its counts, that is: they are those of a multinomial with a Dirichlet prior.
+        """
+        telling = before is not None and self.turn - before.turn <= RECENT
+        every = PRIOR * (len(self._uses) + (before is None))
+        likely, seen, starts, often = self._likely, self._seen, self._starts, list(_NONE)
+        faded = FADE ** (self.turn - before.turn) if before else 0.0
+        for which, start in enumerate(starts):
+            same = before is not None and before.starts[which] == start
+            uses = before.often[which] * faded if before and same else 0.0
+            if telling:
+                likely[which] *= (uses + PRIOR) / (seen[which] + every)
+            seen[which] = seen[which] * FADE + 1.0
+            often[which] = uses + 1.0
+        best = max(range(BEGINNINGS), key=likely.__getitem__)  # another thread may change it
+        count = before.count + 1 if before else 1
+        return Use(now, self.turn, count, tuple(often), starts, best)
+
+    def _begin(self) -> None:
+        """Count from this turn on as well: popularity may have shifted in the last ones."""
+        total, shifted = sum(self._likely), HAZARD * EVERY
+        self._likely = likely = [max(one / total, 1e-99) * (1 - shifted) for one in self._likely]
+        least = min(range(BEGINNINGS), key=likely.__getitem__)
+        likely[least], self._seen[least] = shifted, 0.0
+        self._starts = (*self._starts[:least], self.turn, *self._starts[least + 1 :])
 
     def of(self, key: str) -> Use | None:
         """What is known of a model, or None where it was never used."""
@@ -319,7 +363,7 @@ def choose(policy: Policy, entries: Iterable[Entry], need: Need, now: float) -> 
 
     Args:
         policy: "cost", "lru", "lfu", "ttl", or a function (see `Policy`).
-        entries: All there are. The newest turn among them is taken for the present one.
+        entries: All there are. What its newest use knows is taken for the present.
         need: How many bytes are to come free.
         now: The time, by the clock of the entries.
 
@@ -351,15 +395,15 @@ def choose(policy: Policy, entries: Iterable[Entry], need: Need, now: float) -> 
     possible = sum([entry.bytes_asleep if entry.asleep else entry.bytes_awake for entry in free])
     steps: list[Step] = []
     if 0 < need.bytes <= possible:
-        turn = max([entry.use.turn for entry in everything])
+        newest = _newest(everything)
         name = policy if isinstance(policy, str) else "your policy"
         firsts = [one for one in free if not one.asleep]
-        chosen = _take(_ranked(name, order, firsts, turn, False), need.bytes, _first)
+        chosen = _take(_ranked(name, order, firsts, newest, False), need.bytes, _first)
         missing = need.bytes - sum([freed for _, freed in chosen])
         evicted: list[tuple[Entry, int]] = []
         if missing > 0:
             rest = [one for one in free if one.asleep or _sleeps(one)]
-            evicted = _take(_ranked(name, order, rest, turn, True), missing, _asleep)
+            evicted = _take(_ranked(name, order, rest, newest, True), missing, _asleep)
         steps = _least(chosen, evicted, need.bytes, name, now)
     kept = {one.key: one.busy for one in everything if one.leased or one.pinned or one.loading}
     return Plan(tuple(steps), need.bytes, possible, dict(sorted(kept.items())))
@@ -376,15 +420,26 @@ def expired(entries: Iterable[Entry], now: float) -> tuple[str, ...]:
     return tuple(one.key for one in sorted(over, key=lambda one: (one.keep_until, one.key)))
 
 
-def rate(use: Use, turn: int) -> float:
-    """How many times a turn something is likely to be used, at ``turn``.
+def popularity(use: Use, newest: Use) -> float:
+    """How often it was used since popularity shifted, as ``newest`` knows, and `PRIOR`.
 
     Example:
-        >>> often, once = Use(0.0, turn=90, gap=10.0), Use(0.0, turn=100)
-        >>> rate(often, 100), rate(often, 900) < rate(once, 100)
-        (0.1, True)
+        >>> history = History()
+        >>> once, often = [history.used(key, 1.0) for key in "abcb"][::3]
+        >>> round(popularity(once, often), 3), round(popularity(often, often), 3)
+        (1.997, 2.998)
     """
-    return 1.0 / (use.gap + LEARN * (turn - use.turn - use.gap))
+    which, uses = newest.likeliest, 0.0
+    if use.starts[which] == newest.starts[which]:
+        uses = use.often[which] * FADE ** (newest.turn - use.turn)
+    return uses + PRIOR
+
+
+def _newest(entries: list[Entry]) -> Use:
+    """The newest use; the order of the entries does not matter where users made two of a turn."""
+    turn = max([entry.use.turn for entry in entries])
+    uses = [entry.use for entry in entries if entry.use.turn == turn]
+    return max(uses, key=lambda use: (use.starts, use.likeliest))
 
 
 def _sleeps(entry: Entry) -> bool:
@@ -403,7 +458,7 @@ def _asleep(entry: Entry) -> int:
 
 
 def _ranked(
-    name: str, order: dict[str, float] | None, entries: list[Entry], turn: int, evicting: bool
+    name: str, order: dict[str, float] | None, entries: list[Entry], newest: Use, evicting: bool
 ) -> list[_Ranked]:
     """The entries as a heap, what goes first at its top."""
     if order is not None:
@@ -415,16 +470,18 @@ def _ranked(
     elif name == "ttl":
         ranked = [(one.keep_until, one.use.at, one.key, one) for one in entries]
     else:
-        ranked = _by_worth(entries, turn, evicting)
+        ranked = _by_worth(entries, newest, evicting)
     heapq.heapify(ranked)
     return ranked
 
 
-def _by_worth(entries: list[Entry], turn: int, evicting: bool) -> list[_Ranked]:
-    """By the seconds a turn and byte that the first step loses, or evicting what sleeps.
+def _by_worth(entries: list[Entry], newest: Use, evicting: bool) -> list[_Ranked]:
+    """By the seconds a byte that the first step loses, or evicting what sleeps.
 
-    One loop with no calls, `rate` written out: it is most of the time that a choice takes.
+    One loop with no calls, `popularity` written out: it is most of the time that a choice takes.
     """
+    turn, which = newest.turn, newest.likeliest
+    start = newest.starts[which]
     ranked = []
     for entry in entries:
         freed, asleep, use = entry.bytes_awake, entry.bytes_asleep, entry.use
@@ -434,9 +491,10 @@ def _by_worth(entries: list[Entry], turn: int, evicting: bool) -> list[_Ranked]:
             seconds, freed = entry.wake_seconds, freed - asleep
         else:
             seconds = entry.reload_seconds
-        gap = use.gap
-        turns = gap + LEARN * (turn - use.turn - gap)
-        ranked.append((seconds / (turns * (freed or 1)), use.at, entry.key, entry))
+        uses = PRIOR
+        if use.starts[which] == start:
+            uses += use.often[which] * FADE ** (turn - use.turn)
+        ranked.append((seconds * uses / (freed or 1) ** SIZE, use.at, entry.key, entry))
     return ranked
 
 
