@@ -79,8 +79,7 @@ class Use:
 class History:
     """The uses of every model that was ever asked for, loaded or not, and the turn it is.
 
-    It reads no clock and takes no lock. Several threads may use it at once: a use may then be lost,
-    which matters little.
+    It reads no clock and takes no lock: of uses at once on several threads one may be lost.
 
     Attributes:
         turn: How many times another model was used than before.
