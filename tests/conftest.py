@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,14 +15,19 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, but those with a hub of their own
 os.environ["EBBTIDE_PREPARE"] = "off"  # but in the tests of it
-_cache = tempfile.TemporaryDirectory(prefix="ebbtide-tests-")  # what the user has prepared is theirs
-os.environ["EBBTIDE_CACHE_DIR"] = _cache.name
+os.environ["EBBTIDE_CACHE_DIR"] = tempfile.mkdtemp(prefix="ebbtide-tests-")  # not the user's
 
 import ebbtide
 
 ROOT = Path(__file__).parent
 MODELS = ROOT / "models"
 GOLDENS = ROOT / "goldens"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_cache_goes() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["EBBTIDE_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture
