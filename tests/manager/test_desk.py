@@ -1042,3 +1042,16 @@ def test_in_a_forked_child_nobody_waits_and_nothing_is_there(world: World) -> No
     ask = world.ask(busy)
     world.done("load", busy)
     assert is_given(ask)
+
+
+def test_who_waits_for_long_goes_before_a_younger_one_of_a_higher_priority(world: World) -> None:
+    lease = world.lease(world.loaded("busy", 90))
+    old = world.ask(world.slot("old", 80))
+    world.pass_time(10.5)
+    world.ask(world.slot("urgent", 80), priority=1)
+    world.ask(world.slot("more urgent", 80), priority=2)
+    world.give_back(world.books.slots["busy"], lease)
+    world.drain()
+    order = sorted(world.desk.waiting, key=lambda one: one.turn)
+    assert [one.slot.key for one in order] == ["more urgent", "old", "urgent"]
+    assert not old.is_settled

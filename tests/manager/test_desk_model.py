@@ -159,7 +159,7 @@ class Model(World):
 
     def begins_in_turn(self, slot: Slot) -> None:
         """Who waits longer than the time of grace is not overtaken by a load behind it."""
-        order = sorted(self.desk.waiting, key=lambda one: (-one.priority, one.number))
+        order = sorted(self.desk.waiting, key=lambda one: one.turn)
         first = next(place for place, ask in enumerate(order) if ask.slot is slot)
         for ask in order[:first]:
             if waits_for_room(ask):
@@ -390,7 +390,7 @@ class Model(World):
             self.check_that_nobody_waits_needlessly()
 
     def check_that_nobody_waits_needlessly(self) -> None:
-        order = sorted(self.desk.waiting, key=lambda one: (-one.priority, one.number))
+        order = sorted(self.desk.waiting, key=lambda one: one.turn)
         head = next((ask for ask in order if waits_for_room(ask)), None)
         if head is None:
             return

@@ -362,7 +362,7 @@ class Desk:
         now, since = self.books.clock(), math.inf
         blocked: set[Slot] = set()
         starved: Slot | None = None
-        for ask in sorted(self.waiting, key=lambda one: (-one.priority, one.number)):
+        for ask in sorted(self.waiting, key=lambda one: one.turn):
             slot = ask.slot
             if ask.is_settled:
                 continue

@@ -198,6 +198,7 @@ class PipelineManager:
             **options: By name only, those of `ebbtide.pipeline` (others are another pipeline), and:
 
                 priority: Of those who wait the highest goes first, and among equals the eldest; 0.
+                    Each ten seconds of waiting count as 1.
                 timeout: Seconds to wait at most; None for as long as it takes.
                 keep_alive: For how long it is kept once nobody uses it, as for the manager; 0 for
                     not at all. None: the manager's.

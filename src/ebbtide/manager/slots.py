@@ -262,13 +262,17 @@ class Settled:
         return self.value
 
 
+AHEAD = 10.0
+"""Seconds of waiting that a priority of 1 is worth, so that nobody waits for ever."""
+
+
 class Ask(Settled):
     """Somebody who waits for a pipeline.
 
     Attributes:
         slot: Which.
         hold: The lease that it is to become; None where it is only to be loaded.
-        priority: The higher goes first.
+        priority: The higher goes first, before who has not waited long.
         number: The earlier goes first among equals.
         deadline: When it is given up, by the manager's clock.
         since: When it began.
@@ -284,6 +288,11 @@ class Ask(Settled):
         self.since = since
         self.deadline = deadline
         self.number = 0
+
+    @property
+    def turn(self) -> tuple[float, int]:
+        """Who has the least goes first."""
+        return self.since - AHEAD * self.priority, self.number
 
 
 class Wish(Settled):
