@@ -1,7 +1,7 @@
 """What does a process of its own cost a pipeline, and does it leave anything?
 
     python benchmarks/isolation.py MODEL [--dtype fp32] [--threads N] [--rounds 200] [--cycles 300]
-        [--only overhead,arrays,starts,kills,cycles]
+        [--only overhead,arrays,starts,kills,cycles,replicas]
 
 MODEL is a folder or an installed model. The questions:
 
@@ -15,6 +15,10 @@ MODEL is a folder or an installed model. The questions:
   answer.
 - cycles: load, run, dispose, again and again. What the process has grown by, and what is left of
   children, descriptors, threads and names in shared memory.
+- replicas: what each of four over one prepared copy takes in private memory, beside a process that
+  has imported everything and loaded nothing. And short texts a second: 1, 2 and 4 replicas of one
+  thread against one pipeline in process with two threads, four callers each. The sides take turns
+  in blocks; a round gives the quotient of the blocks.
 
 The last line is JSON.
 """
@@ -29,6 +33,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +43,16 @@ from typing import Any
 TEXT = "The tide goes out and leaves the boats."
 SIDES = ("here", "there")
 BOUNDS = {"overhead_ms": 0.4, "gigabytes_a_second": 1.5, "end_ms": 500.0, "drift_mb": 1.0}
+BOUNDS |= {"replica_mb": 25.0, "two_replicas": 1.0}
+CALLERS = 4
+NO_MODEL = """
+import tokenizers
+from ebbtide.memory.probe import anonymous_bytes
+from ebbtide.runtime import library
+from ebbtide.workers import service
+library.onnxruntime()
+print(anonymous_bytes())
+"""
 
 
 def load(options: argparse.Namespace, isolate: Any) -> Any:
@@ -278,11 +293,89 @@ def cycles(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def anonymous_of(pid: int) -> float:
+    """MB of anonymous memory that a process has, none of which it shares."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise LookupError(pid)
+
+
+def a_second(pipe: Any, seconds: float) -> float:
+    """Short texts a second, from several callers."""
+    end = time.perf_counter() + seconds
+    counts: list[int] = []
+
+    def work() -> None:
+        count = 0
+        while time.perf_counter() < end:
+            answer(pipe)
+            count += 1
+        counts.append(count)
+
+    started = time.perf_counter()
+    threads = [threading.Thread(target=work) for _ in range(CALLERS)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    return sum(counts) / (time.perf_counter() - started)
+
+
+def replicas(options: argparse.Namespace) -> dict[str, Any]:
+    import ebbtide
+    from ebbtide.workers.options import IsolateOptions
+
+    alone = [sys.executable, "-c", NO_MODEL]
+    no_model = int(subprocess.run(alone, capture_output=True, text=True, check=True).stdout) / 1e6
+    with tempfile.TemporaryDirectory() as ebbtide.settings.cache_dir:
+        ebbtide.settings.prepare = "now"
+        sides: dict[str, Any] = {}
+        for count in (1, 2, 4):
+            ebbtide.settings.threads = count  # so that each has one
+            sides[str(count)] = load(options, IsolateOptions(replicas=count))
+            sides[str(count)].wake()
+        for _ in range(40):
+            answer(sides["4"])
+        sizes = [anonymous_of(pid) - no_model for pid in sides["4"].pids]
+        source = {one.source for one in sides["4"].memory.holdings if one.source}
+        ebbtide.settings.threads = 2
+        sides["in process"] = load(options, False)
+        for pipe in sides.values():
+            a_second(pipe, 0.5)
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        order, dice = list(sides), random.Random(11)
+        for _ in range(max(4, options.rounds // 10)):
+            dice.shuffle(order)
+            for name in order:
+                rates[name].append(a_second(sides[name], 0.5))
+        for pipe in sides.values():
+            pipe.dispose()
+    found: dict[str, Any] = {"no_model_mb": no_model, "replica_mb": sizes}
+    print(
+        f"a process with no model {no_model:.1f} MB; each of four replicas ({', '.join(source)})"
+        f" {min(sizes):.1f} to {max(sizes):.1f} MB more; bound {BOUNDS['replica_mb']:.0f} MB"
+    )
+    here = rates.pop("in process")
+    print(f"in process, two threads: {statistics.median(here):.0f} texts a second")
+    for name, there in rates.items():
+        quotients = [one / two for one, two in zip(there, here, strict=True)]
+        low, middle, high = statistics.quantiles(quotients, n=4)
+        found[f"replicas_{name}"] = {"a_second": statistics.median(there), "quotient": middle}
+        print(
+            f"{name} of one thread: {statistics.median(there):.0f} a second, {middle:.2f} times"
+            f" (quartiles {low:.2f} to {high:.2f})"
+            + (f"; bound {BOUNDS['two_replicas']}" if name == "2" else "")
+        )
+    return found
+
+
 def main() -> None:
     # What is measured is the original: a prepared copy that is there by chance is not used.
     os.environ.update(EBBTIDE_PREPARE="off", EBBTIDE_CACHE_DIR="no-store")
     questions: dict[str, Callable[[argparse.Namespace], Any]] = {
         "overhead": overhead, "arrays": arrays, "starts": starts, "kills": kills, "cycles": cycles,
+        "replicas": replicas,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")

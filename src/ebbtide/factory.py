@@ -152,7 +152,8 @@ def pipeline(task: str, model: Model = None, **options: Unpack[PipelineOptions])
                 by a process of its own and goes over to it, ``"now"`` waits for it, False makes
                 none. None is ``settings.prepare``.
             isolate: True, or `IsolateOptions`, for a process of its own: the same object to the
-                caller, but all of its memory goes with that process, and so does a crash.
+                caller, but all of its memory goes with that process, and so does a crash. Its
+                ``replicas`` are several such processes over one prepared copy.
 
     Returns:
         The pipeline, ready. Use it in a ``with`` block, or call its ``dispose``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import logging
 import os
 import signal
@@ -52,6 +53,9 @@ class Strange:
 
     def log(self, word: str) -> None:
         logging.getLogger("ebbtide.there").warning("%s", word)
+
+    def where(self) -> str:
+        return str(os.getpid())
 
     def log_later(self, word: str) -> None:
         threading.Timer(0.05, self.log, (word,)).start()
@@ -178,3 +182,20 @@ def filling(task: str, model: str, **options: Any) -> Any:
     """A load that takes more than it may."""
     bytearray(2_000_000_000)
     return pipeline(task, model, **options)
+
+
+def keeping(task: str, model: str, **options: Any) -> Any:
+    """A pipeline whose sleep leaves memory behind: 30 MB that nobody finds."""
+    pipe = Strange(ebbtide.pipeline(task, model, **options))
+    sleep = pipe._pipe.sleep
+
+    def and_keep(**how: Any) -> Any:
+        receipt = sleep(**how)
+        pipe.fill(30_000_000)
+        reasons = ("bytes stayed in the process, but nothing native of this is alive",)
+        return dataclasses.replace(
+            receipt, charged=30_000_000, retained=30_000_000, verified=False, reasons=reasons
+        )
+
+    pipe.sleep = and_keep  # type: ignore[attr-defined]
+    return pipe

@@ -160,3 +160,12 @@ class Call:
                 del error, self  # else the error, its traceback and this frame are a cycle
         result, self._result = self._result, None
         return result
+
+    def taken(self) -> tuple[Any, BaseException | None]:
+        """The result and the error, once, after the end; nothing is raised.
+
+        For callbacks of `on_done`: what they raise and catch would be a cycle with `finish`.
+        """
+        found = self._result, self._error
+        self._result = self._error = None
+        return found

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from ebbtide.errors import WorkerCrashedError, WorkerMemoryError
+from ebbtide.memory.reaper import TOLERANCE_BYTES, TOLERANCE_SHARE
 from ebbtide.receipts import DisposalReceipt
 from ebbtide.workers.calls import Call
 from ebbtide.workers.plan import Plan
@@ -103,6 +104,39 @@ def _room(plan: Plan) -> str:
 def again(error: BaseException) -> BaseException:
     """The same error once more, for another who waits: each has a traceback of its own."""
     return copy.copy(error)
+
+
+def stayed(receipt: DisposalReceipt) -> bool:
+    """Whether a receipt says that memory did not come back, as far as that is known."""
+    tolerance = max(TOLERANCE_BYTES, int(receipt.charged * TOLERANCE_SHARE))
+    return not receipt.verified or (receipt.quiet and receipt.retained > tolerance)
+
+
+def recycled(receipt: DisposalReceipt, ended: Ended) -> DisposalReceipt:
+    """What a sleep gave back whose process was ended, since memory had stayed.
+
+    Args:
+        receipt: The process's own, of the sleep.
+        ended: How it came to its end.
+    """
+    return dataclasses.replace(
+        receipt,
+        released=max(receipt.charged, receipt.released + ended.anonymous),
+        retained=0,
+        verified=True,
+        method="its process ended",
+        reasons=(
+            f"memory had stayed, so that its process (pid {ended.pid}) {ended.how}, and all of its"
+            " memory went with it; the next call starts a new one",
+            f"there: {receipt}",
+        ),
+    )
+
+
+def busy_again(receipt: DisposalReceipt) -> DisposalReceipt:
+    """The same where calls came meanwhile, so that the process ends after them."""
+    reason = "memory stayed: its process ends once the calls that came meanwhile have ended"
+    return dataclasses.replace(receipt, reasons=(*receipt.reasons, reason))
 
 
 def receipt_of(ended: Ended, receipt: DisposalReceipt, *, now: bool) -> DisposalReceipt:

@@ -28,6 +28,7 @@ from ebbtide.workers.options import IsolateOptions
 from ebbtide.workers.plan import Plan
 from ebbtide.workers.process import check_possible
 from ebbtide.workers.records import records
+from ebbtide.workers.replicas import Replicas, share_of_cpus
 from ebbtide.workers.worker import Worker
 
 _CALLABLE: Final = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
@@ -40,7 +41,7 @@ class Isolated(Pipeline):
 
     _lifecycle: WorkerLifecycle
 
-    def __init__(self, lifecycle: WorkerLifecycle, worker: Worker) -> None:
+    def __init__(self, lifecycle: WorkerLifecycle, worker: Worker | Replicas) -> None:
         super(Pipeline, self).__init__(lifecycle)
         self._worker = worker
 
@@ -61,8 +62,13 @@ class Isolated(Pipeline):
 
     @property
     def pid(self) -> int | None:
-        """The number of its process; None where there is none now."""
+        """The number of its process, of several the first; None where there is none now."""
         return self._worker.pid
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The numbers of all its processes that there are now."""
+        return self._worker.pids
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -91,9 +97,11 @@ class Isolated(Pipeline):
         )
 
     def __repr__(self) -> str:
-        pid = self.pid
-        about = super().__repr__()
-        return about if pid is None else f"{about[:-1]} in process {pid}>"
+        pids = self.pids
+        about = super().__repr__()[:-1]
+        if isinstance(self._worker, Replicas) and self._lifecycle.takes_calls:
+            return f"{about} in {len(pids)} processes>"
+        return f"{about} in process {pids[0]}>" if pids else f"{about}>"
 
     def wake(self) -> None:
         """Have its process loaded again, so that the next call need not."""
@@ -353,9 +361,10 @@ def lifecycle_of(
         InputError: An argument cannot cross.
     """
     check_possible(label)
-    plan = Plan(
-        label=label, loader=loader, arguments=arguments, options=dict(options), isolate=isolate
-    )
+    given = dict(options)
+    if isolate.replicas > 1:
+        given["session_options"] = share_of_cpus(given.get("session_options"), isolate.replicas)
+    plan = Plan(label=label, loader=loader, arguments=arguments, options=given, isolate=isolate)
     codec.encode((plan.arguments, plan.options), records)
     return WorkerLifecycle(plan, disposer, site)
 
@@ -373,9 +382,9 @@ class Loading:
         self._kind = kind
         self._listener = listener
         self._call = Call("load", token, functools.partial(lifecycle.leave, token))
-        worker = lifecycle.worker
-        assert worker is not None
-        worker.open(self._call)
+        assert lifecycle.worker is not None
+        self._worker = lifecycle.worker
+        self._worker.open(self._call)
 
     def on_done(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called once it has ended; at once if it has."""
@@ -383,13 +392,16 @@ class Loading:
 
     def wait(self) -> Callable[[Any], Pipeline]:
         """What makes the pipeline of its lifecycle, once it is loaded."""
-        return self._made(self._call.wait(self._listener))
+        self._call.wait(self._listener)
+        return self._made()
 
     async def result(self) -> Callable[[Any], Pipeline]:
         """The same on an event loop."""
-        return self._made(await self._call.result(self._listener))
+        await self._call.result(self._listener)
+        return self._made()
 
-    def _made(self, worker: Worker) -> Callable[[Any], Pipeline]:
+    def _made(self) -> Callable[[Any], Pipeline]:
+        worker = self._worker
         kind: Any = class_of(self._kind)  # type: ignore[arg-type]
         return lambda lifecycle: kind(lifecycle, worker)
 

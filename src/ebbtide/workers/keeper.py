@@ -26,7 +26,15 @@ from ebbtide.workers.bell import Bell
 from ebbtide.workers.calls import Call
 from ebbtide.workers.channel import ClosedError
 from ebbtide.workers.codec import BrokenMessageError
-from ebbtide.workers.endings import Ended, again, crashed, out_of_memory
+from ebbtide.workers.endings import (
+    Ended,
+    again,
+    busy_again,
+    crashed,
+    out_of_memory,
+    recycled,
+    stayed,
+)
 from ebbtide.workers.forking import fork_server
 from ebbtide.workers.limits import Room
 from ebbtide.workers.plan import Plan
@@ -49,6 +57,7 @@ class Keeper:
     Args:
         plan: What the child is to be.
         state: Told where the pipeline is in its life: ready or asleep.
+        elsewhere: Takes a call that no child has yet, if another worker can run it now.
 
     Attributes:
         anonymous: Bytes of anonymous memory of the process, as it said last; 0 where there is none.
@@ -56,16 +65,24 @@ class Keeper:
         facts: What its pipeline is: model, device, dtype.
         ended: How its last child came to its end.
         was_there: Whether there was a child when the worker was released.
+        has_crashed: Whether its last child was in use, and ended unasked.
     """
 
-    def __init__(self, plan: Plan, state: Callable[[State], object]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        state: Callable[[State], object],
+        elsewhere: Callable[[Call], bool] = lambda call: False,
+    ) -> None:
         self.plan = plan
+        self.has_crashed = False
         self.anonymous = 0
         self.memory: PipelineMemory | None = None
         self.facts: dict[str, Any] = {}
         self.ended: Ended | None = None
         self.was_there = False
         self._state = state
+        self._elsewhere = elsewhere
         self._waiting: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._held: deque[Call] = deque()
         self._bell: Bell | None = Bell()
@@ -92,7 +109,11 @@ class Keeper:
 
     def _begin(self) -> None:
         """Start the thread; on the reaper's, since starting one takes locks of Python's."""
+        if self._thread is not None:
+            return
         if self._closing:
+            self._take_waiting()
+            self._fail_held(CancelToken(self.plan.label).error())
             return
         thread = EbbtideThread(target=self._run, name="ebbtide-worker", daemon=True)
         try:
@@ -100,7 +121,10 @@ class Keeper:
             thread.start()
         except RuntimeError as error:  # the system has no room for a thread
             self._thread = None
-            self._fail_opening(LoadError(f"{self.plan.label}: {error}.", path=""))
+            failure = LoadError(f"{self.plan.label}: {error}.", path="")
+            self._fail_opening(failure)
+            self._take_waiting()
+            self._fail_held(failure)
 
     def _run(self) -> None:
         try:
@@ -175,7 +199,8 @@ class Keeper:
         self._look_at_deadline()
 
     def _start_again(self) -> None:
-        """Start a child for calls that wait for one."""
+        """Start a child for calls that wait for one, and that no other worker can run now."""
+        self._held = deque(call for call in self._held if not self._elsewhere(call))
         if self._over is not None:
             self._fail_held(self._over)
         if self._held and not self._closing:
@@ -184,7 +209,8 @@ class Keeper:
     def _patience(self) -> float | None:
         """Seconds until something is due by itself."""
         now = time.monotonic()
-        child, idle = self._own, self.plan.isolate.idle
+        child = self._own
+        idle = None if child is None else self._idle_of(child)
         if self._deadline is not None:
             return self._deadline - now
         if child is not None and child.ready and idle is not None and not child.calls:
@@ -232,8 +258,15 @@ class Keeper:
                 child.say(("cancel", call.number))
         self._poll.modify(child.channel.fileno(), select.POLLIN)
 
+    def _idle_of(self, child: Child) -> float | None:
+        """Seconds without a call after which a child ends."""
+        return self.plan.isolate.idle if child.stayed is None else 0.0
+
     def _look_at_idle(self, child: Child) -> None:
-        idle = self.plan.isolate.idle
+        idle = self._idle_of(child)
+        if child.stayed is not None and (child.calls or self._held):
+            call, receipt = child.stayed
+            call.finish(busy_again(receipt))
         if idle is None or child.calls or self._held or time.monotonic() < child.used + idle:
             return
         self._child = None  # from here on callers wait for the next one
@@ -298,13 +331,13 @@ class Keeper:
     ) -> None:
         self.facts, self.memory, self.anonymous = facts, memory, anonymous
         child.ready, child.used = True, time.monotonic()
+        if not self._closing:
+            self._child = child  # first: whoever waits for the load may call at once
         opening, self._opening = self._opening, None
         if opening is not None:
             opening.finish(self)
         else:
             self._state(State.READY)
-        if not self._closing:
-            self._child = child
 
     def _not_loaded(self, child: Child, error: BaseException, memory: bool) -> None:
         error = out_of_memory(self.plan, error) if memory else error
@@ -317,7 +350,12 @@ class Keeper:
 
     def _done(self, child: Child, number: int, result: Any, anonymous: int, state: str) -> None:
         call = self._answered(child, number, anonymous, state)
-        if call is not None:
+        if call is None:
+            return
+        slept = isinstance(result, DisposalReceipt) and state == State.SLEEPING.value
+        if slept and not child.ending and stayed(result):
+            child.stayed = call, result  # its end is what gives the memory back
+        else:
             call.finish(result)
 
     def _failed(
@@ -388,6 +426,10 @@ class Keeper:
             child.pid, status, self._receipt, self._trouble, child.killed, self.anonymous
         )
         self._own, self._deadline, self.anonymous, self.memory = None, None, 0, None
+        if child.stayed is not None:
+            call, slept = child.stayed
+            call.finish(recycled(slept, self.ended))
+        self.has_crashed = child.ready and not child.ending
         calls = _taken(child)
         error = crashed(self.plan, self.ended, calls, child, overrun=overrun)
         if not child.ending:

@@ -7,8 +7,8 @@ from ebbtide.errors import DisposalError, InputError
 from ebbtide.lifecycle import Disposer, Lifecycle, State
 from ebbtide.receipts import Answer, DisposalReceipt
 from ebbtide.workers.calls import Call
-from ebbtide.workers.endings import receipt_of
 from ebbtide.workers.plan import Plan
+from ebbtide.workers.replicas import Replicas
 from ebbtide.workers.worker import Worker
 
 
@@ -21,19 +21,20 @@ class WorkerLifecycle(Lifecycle):
         site: Where the user's code made it.
 
     Attributes:
-        worker: The process; None once it has ended for good.
+        worker: The process, or several; None once it has ended for good.
     """
 
     __slots__ = ("worker",)
 
     def __init__(self, plan: Plan, disposer: Disposer, site: tuple[str, int]) -> None:
         super().__init__(plan.label, disposer, site)
-        self.worker: Worker | None = Worker(plan, self._is_now)
+        kind = Worker if plan.isolate.replicas == 1 else Replicas
+        self.worker: Worker | Replicas | None = kind(plan, self._is_now)
         self.resources.append(self.worker)
 
     def _is_now(self, state: State) -> None:
-        if self.state is not state:
-            self.state = state
+        if self.state is not state and self.state is not State.LOADING:
+            self.state = state  # whoever waits for the load makes it ready
 
     @property
     def charged(self) -> int:
@@ -56,9 +57,8 @@ class WorkerLifecycle(Lifecycle):
         call = Call("sleep", CancelToken(self.label))
 
         def ended() -> None:
-            try:
-                receipt: DisposalReceipt | None = call.outcome()
-            except Exception as error:  # it has crashed, or was disposed
+            receipt, error = call.taken()
+            if error is not None:  # it has crashed, or was disposed
                 receipt = _asleep(str(error)) if self.takes_calls else None
             answer.give(receipt)
 
@@ -71,8 +71,8 @@ class WorkerLifecycle(Lifecycle):
     ) -> None:
         """The disposer's last word, with what the worker's own receipt says."""
         worker, self.worker = self.worker, None
-        if worker is not None and worker.ended is not None:
-            receipt = receipt_of(worker.ended, receipt, now=worker.was_there)
+        if worker is not None:
+            receipt = worker.receipt(receipt)
             if error is not None:
                 error.receipt = receipt
         super().finish(receipt, state=state, error=error)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from ebbtide._settings import bytes_of
 from ebbtide.errors import InputError, unknown_value
 
 Start = Literal["spawn", "fork-server"]
 Restart = Literal["on-crash", "never"]
+
+MOST: Final = 256
+"""Replicas that one pipeline may have."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,10 @@ class IsolateOptions:
         idle: Seconds without a call after which the process ends until the next one; None: never.
         restart: After a crash: ``"on-crash"`` has the next call start a new process; with
             ``"never"`` it fails.
+        replicas: How many processes run the pipeline. A call goes to the one that has the fewest
+            under way. Each has its share of the CPUs, and ``memory_limit`` is for each.
+        lazy: Whether each further replica starts only when all that run are busy; else all start
+            with the first.
 
     Raises:
         InputError: A value cannot be used.
@@ -38,6 +45,8 @@ class IsolateOptions:
     start: Start = "spawn"
     idle: float | None = None
     restart: Restart = "on-crash"
+    replicas: int = 1
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         limit = self.memory_limit
@@ -62,6 +71,14 @@ class IsolateOptions:
             raise InputError(
                 f"idle takes seconds, 0 or more, or None, not {self.idle!r}.", value=self.idle
             )
+
+        if type(self.replicas) is not int or not 1 <= self.replicas <= MOST:
+            raise InputError(
+                f"replicas takes a whole number from 1 to {MOST}, not {self.replicas!r}.",
+                value=self.replicas,
+            )
+        if type(self.lazy) is not bool:
+            raise InputError(f"lazy takes True or False, not {self.lazy!r}.", value=self.lazy)
 
     @property
     def limit(self) -> int | None:

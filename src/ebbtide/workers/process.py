@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ebbtide._settings import settings
 from ebbtide.errors import LoadError
+from ebbtide.receipts import DisposalReceipt
 from ebbtide.workers import codec
 from ebbtide.workers.calls import Call
 from ebbtide.workers.channel import Channel, ClosedError, Packet
@@ -51,6 +52,7 @@ class Child:
         killed: The signal that was sent to it; empty where none was.
         used: When its last call ended, by `time.monotonic`.
         tail: What it printed last.
+        stayed: The call that had it sleep, and its receipt, where memory stayed all the same.
     """
 
     def __init__(self, channel: Channel, printed: int, pid: int, pidfd: int) -> None:
@@ -65,6 +67,7 @@ class Child:
         self.used = time.monotonic()
         self.tail = b""
         self.killed = ""
+        self.stayed: tuple[Call, DisposalReceipt] | None = None
 
     def say(self, message: tuple[Any, ...]) -> bool:
         """Send a message of ours; False where there is no room, or nobody who hears."""

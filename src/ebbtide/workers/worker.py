@@ -24,6 +24,7 @@ from ebbtide.receipts import DisposalReceipt
 from ebbtide.workers import codec
 from ebbtide.workers.calls import Call
 from ebbtide.workers.channel import ClosedError, Packet
+from ebbtide.workers.endings import receipt_of
 from ebbtide.workers.keeper import IMPATIENCE, Keeper
 from ebbtide.workers.records import records
 
@@ -51,6 +52,39 @@ class Worker(Keeper):
         """The process's number; None where there is none."""
         child = self._child
         return None if child is None else child.pid
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The numbers of all processes there are."""
+        return () if self.pid is None else (self.pid,)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has a process that takes calls."""
+        return self._child is not None
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it is to end for good."""
+        return self._closing
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it crashed and starts no more."""
+        return self._over is not None
+
+    @property
+    def under_way(self) -> int:
+        """How many calls run in it, and wait for it."""
+        child = self._child
+        waiting = self._waiting.qsize() + len(self._held)
+        return waiting if child is None else waiting + len(child.calls)
+
+    def start(self, call: Call) -> None:
+        """As `submit`, for a worker that may never have been opened."""
+        self.submit(call)
+        if self._thread is None:
+            reaper.later(self._begin)
 
     def put_to_sleep(self, call: Call, options: Mapping[str, Any]) -> None:
         """Have the pipeline sleep; where it has no process, there is nothing to free."""
@@ -92,17 +126,31 @@ class Worker(Keeper):
 
     def release(self) -> Sequence[Remains]:
         """End the process, and wait for it."""
+        self.close()
+        self.join()
+        return ()
+
+    def close(self) -> None:
+        """Have the process end."""
         self.was_there = self._own is not None
         self._closing = True
+        if self._thread is None:
+            self._fail_opening(CancelToken(self.plan.label).error())
+        self._ring()
+
+    def join(self) -> None:
+        """Wait for its end."""
         thread = self._thread
         if thread is None:
-            self._fail_opening(CancelToken(self.plan.label).error())
-            return ()
-        self._ring()
+            return
         self._gone.wait(_LONGEST_END)
         if thread is not threading.current_thread():
             thread.join(IMPATIENCE)
-        return ()
+
+    def receipt(self, here: DisposalReceipt) -> DisposalReceipt:
+        """What a disposal gave back, the process's memory too; ``here`` is what was measured."""
+        ended = self.ended
+        return here if ended is None else receipt_of(ended, here, now=self.was_there)
 
     def shared_with(self) -> int:
         """Nobody else has this process."""
