@@ -86,14 +86,16 @@ class EbbtideThread(threading.Thread):
 class OneShot:
     """A gate that opens once: the lock is only ever waited on, never held around any code."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("_is_open", "_lock")
 
     def __init__(self) -> None:
+        self._is_open = False
         self._lock: LockType = allocate_lock()
         self._lock.acquire()
 
     def open(self) -> None:
         """Let the waiter through."""
+        self._is_open = True
         try:
             self._lock.release()
         except RuntimeError:
@@ -101,8 +103,8 @@ class OneShot:
 
     def wait(self, seconds: float = -1) -> None:
         """Wait until it is open, at most so long; a signal's exception comes through."""
-        if self._lock.acquire(timeout=seconds):
-            self._lock.release()
+        if not self._is_open and self._lock.acquire(timeout=seconds):
+            self._lock.release()  # a signal may come before this: who waits again is let through
 
 
 async def patiently(
@@ -135,7 +137,7 @@ def call_all(callbacks: list[Callable[[], None]]) -> None:
     """Take out each callback and call it; each is called once, whoever else does this too."""
     while True:
         try:
-            callback = callbacks.pop()
+            callback = callbacks.pop(0)  # in the order they came: exit waits for the last
         except IndexError:
             return
         callback()

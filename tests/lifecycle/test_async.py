@@ -17,6 +17,7 @@ import pytest
 
 import ebbtide
 from ebbtide import PipelineCancelledError, PipelineDisposedError, State
+from ebbtide.cancellation import OneShot, call_all
 from ebbtide.memory.ledger import ledger
 from ebbtide.memory.reaper import reaper
 from ebbtide.models.tokenizer import Tokenizer
@@ -607,3 +608,18 @@ def test_a_run_sees_the_context_variables_of_its_task(waiting) -> None:
     assert sorted(seen) == ["a", "b", "c"]
     assert variable.get() == "none"
     pipe.dispose()
+
+
+@pytest.mark.timeout(10)
+def test_a_gate_whose_waiter_was_interrupted_stays_open() -> None:
+    gate = OneShot()
+    gate.open()
+    gate._lock.acquire()  # as a signal leaves it that comes before the waiter has released it
+    gate.wait()
+
+
+def test_callbacks_are_called_in_the_order_they_came() -> None:
+    called: list[int] = []
+    callbacks: list[Any] = [lambda number=number: called.append(number) for number in range(3)]
+    call_all(callbacks)
+    assert called == [0, 1, 2]
