@@ -723,8 +723,9 @@ def test_stalls_while_memory_is_to_spare_change_nothing(manager: PipelineManager
 
 
 def test_where_mapped_pages_are_read_again_and_again_what_maps_files_sleeps(
-    manager: PipelineManager, monkeypatch: pytest.MonkeyPatch
+    manager: PipelineManager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(ebbtide.settings, "cache_dir", str(tmp_path))
     use(manager, ROBERTA)
     use(manager, BERT, prepare="now")
     assert manager.status().mapped > 0
