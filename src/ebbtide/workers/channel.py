@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import mmap
@@ -48,8 +49,8 @@ class Message(Protocol):
     """What can be sent; see `ebbtide.workers.codec.Encoded`."""
 
     @property
-    def parts(self) -> list[bytes]:
-        """Its bytes, in pieces."""
+    def text(self) -> bytes:
+        """Its bytes."""
 
     @property
     def beside(self) -> list[tuple[int, NDArray[Any]]]:
@@ -61,17 +62,30 @@ class Message(Protocol):
 
 
 class Packet:
-    """A message ready to be sent; what lies beside it is in a memory file already."""
+    """A message ready to be sent; what lies beside it is in a memory file already.
+
+    Raises:
+        MemoryError: There is no room for that file.
+    """
 
     __slots__ = ("_file", "raw")
 
     def __init__(self, message: Message) -> None:
-        text = b"".join(message.parts)
+        text = message.text
         self._file = -1
         if len(text) <= _LARGEST and not message.beside:
             self.raw = _HEAD.pack(0, len(text)) + text
             return
         self._file = os.memfd_create("ebbtide", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self._write(message, text)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.ENOSPC):
+                raise
+            raise MemoryError(f"No room for {message.size} bytes of shared memory.") from None
+        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _SEALS)
+
+    def _write(self, message: Message, text: bytes) -> None:
         for offset, one in message.beside:
             _put(self._file, memoryview(np.atleast_1d(one).data).cast("B"), offset)
         if len(text) <= _LARGEST:
@@ -80,7 +94,6 @@ class Packet:
         else:
             _put(self._file, memoryview(text), message.size)
             self.raw = _HEAD.pack(_ALL_BESIDE, len(text))
-        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _SEALS)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if getattr(self, "_file", -1) >= 0:

@@ -22,8 +22,8 @@ from ebbtide.pipelines.generating import AsyncStream, Stream
 from ebbtide.pipelines.progress import Progress, watched
 from ebbtide.workers import codec
 from ebbtide.workers.calls import Call
-from ebbtide.workers.channel import Packet
 from ebbtide.workers.life import WorkerLifecycle
+from ebbtide.workers.messages import call_packet
 from ebbtide.workers.options import IsolateOptions
 from ebbtide.workers.plan import Plan
 from ebbtide.workers.process import check_possible
@@ -150,8 +150,7 @@ class Isolated(Pipeline):
         lifecycle = self._lifecycle
         token = token or CancelToken(lifecycle.label)
         call = Call(name, token, functools.partial(lifecycle.leave, token))
-        message = ("call", call.number, name, arguments, options, tells)
-        call.packet = Packet(codec.encode(message, records))
+        call.packet = call_packet(call.number, name, arguments, options, tells=tells)
         try:
             lifecycle.enter(token)
             self._worker.submit(call)

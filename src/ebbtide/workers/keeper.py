@@ -21,7 +21,7 @@ from ebbtide.errors import LoadError, WorkerCrashedError
 from ebbtide.lifecycle import State
 from ebbtide.pipelines.base import PipelineMemory
 from ebbtide.receipts import DisposalReceipt
-from ebbtide.workers import codec, teller
+from ebbtide.workers import teller
 from ebbtide.workers.bell import Bell
 from ebbtide.workers.calls import Call
 from ebbtide.workers.channel import ClosedError
@@ -37,9 +37,9 @@ from ebbtide.workers.endings import (
 )
 from ebbtide.workers.forking import fork_server
 from ebbtide.workers.limits import Room
+from ebbtide.workers.messages import read
 from ebbtide.workers.plan import Plan
 from ebbtide.workers.process import AT_ONCE, Child, load_request, spawn
-from ebbtide.workers.records import records
 
 PATIENCE: Final = 5.0
 """Seconds that a child gets to dispose its pipeline and to end, before it is asked by a signal."""
@@ -168,7 +168,7 @@ class Keeper:
             self._poll.register(file, select.POLLIN)
         child.go()
         plan = self.plan
-        child.say(("load", load_request(plan.loader, plan.arguments, plan.options, room.rlimit)))
+        child.say("load", load_request(plan.loader, plan.arguments, plan.options, room.rlimit))
 
     def _turn(self, bell: Bell) -> None:
         """Wait for something to happen, and look at all that has."""
@@ -255,7 +255,7 @@ class Keeper:
                 return  # its end is about to be heard of
             self._held.popleft().packet = None
             if call.token.cancelled:
-                child.say(("cancel", call.number))
+                child.say("cancel", call.number)
         self._poll.modify(child.channel.fileno(), select.POLLIN)
 
     def _idle_of(self, child: Child) -> float | None:
@@ -280,7 +280,7 @@ class Keeper:
         self._child = None
         child.ending = True
         patience = IMPATIENCE if child.calls else PATIENCE
-        if not child.ready or not child.say(("dispose",)):
+        if not child.ready or not child.say("dispose"):
             child.signal(signal.SIGKILL)
         self._deadline = time.monotonic() + patience
 
@@ -310,7 +310,7 @@ class Keeper:
             found = child.channel.receive(wait=False)
             if found is None:
                 return False
-            kind, *rest = codec.decode(*found, records)
+            kind, *rest = read(*found)
             _HEARD[kind](self, child, *rest)
         except ClosedError:
             self._close_ears(child)

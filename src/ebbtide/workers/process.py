@@ -19,10 +19,9 @@ from typing import Any, Final
 from ebbtide._settings import settings
 from ebbtide.errors import LoadError
 from ebbtide.receipts import DisposalReceipt
-from ebbtide.workers import codec
 from ebbtide.workers.calls import Call
-from ebbtide.workers.channel import Channel, ClosedError, Packet
-from ebbtide.workers.records import records
+from ebbtide.workers.channel import Channel, ClosedError
+from ebbtide.workers.messages import packet
 
 GO: Final = b"go"
 """What a child waits for before it imports anything large: by then it is in its cgroup."""
@@ -69,10 +68,10 @@ class Child:
         self.killed = ""
         self.stayed: tuple[Call, DisposalReceipt] | None = None
 
-    def say(self, message: tuple[Any, ...]) -> bool:
+    def say(self, kind: str, *rest: Any) -> bool:
         """Send a message of ours; False where there is no room, or nobody who hears."""
         try:
-            return self.channel.send(Packet(codec.encode(message, records)), wait=False)
+            return self.channel.send(packet(kind, *rest), wait=False)
         except ClosedError:
             return False
 

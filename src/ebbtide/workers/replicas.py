@@ -22,11 +22,10 @@ from ebbtide.lifecycle import Remains, State
 from ebbtide.pipelines.base import PipelineMemory
 from ebbtide.receipts import DisposalReceipt
 from ebbtide.runtime import SessionOptions, cpu_count
-from ebbtide.workers import codec, teller
+from ebbtide.workers import teller
 from ebbtide.workers.calls import Call
-from ebbtide.workers.channel import Packet
+from ebbtide.workers.messages import call_packet
 from ebbtide.workers.plan import Plan
-from ebbtide.workers.records import records
 from ebbtide.workers.worker import Worker
 
 _OF_EACH: Final = frozenset({"wake", "sleep"})
@@ -229,8 +228,7 @@ class Replicas:
 
     def _made(self, name: str, options: Mapping[str, Any]) -> Call:
         call = Call(name, CancelToken(self.plan.label))
-        message = ("call", call.number, name, (), dict(options), None)
-        call.packet = Packet(codec.encode(message, records))
+        call.packet = call_packet(call.number, name, (), options)
         return call
 
     def _to_each(

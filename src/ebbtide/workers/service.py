@@ -23,10 +23,9 @@ from ebbtide._settings import settings
 from ebbtide.cancellation import CancelToken
 from ebbtide.memory.probe import anonymous_bytes
 from ebbtide.runtime import Job, cpu_count, native_threads
-from ebbtide.workers import codec
 from ebbtide.workers.calls import LOAD
-from ebbtide.workers.channel import Channel, ClosedError, Packet
-from ebbtide.workers.records import records
+from ebbtide.workers.channel import Channel, ClosedError
+from ebbtide.workers.messages import packet, read
 
 _REMEMBERED: Final = 1_024
 """Cancellations that are kept of calls which are not here yet."""
@@ -78,16 +77,16 @@ class Service:
             if found is None:
                 self._measure(wait=False)
                 continue
-            kind, *rest = codec.decode(*found, records)
+            kind, *rest = read(*found)
             _DONE[kind](self, *rest)
 
     def _later(self, function: Callable[..., object], *arguments: Any) -> None:
         threading.Thread(target=function, args=arguments, daemon=True).start()
 
-    def _say(self, *message: Any, wait: bool = True) -> bool:
+    def _say(self, kind: str, *rest: Any, wait: bool = True) -> bool:
         """Tell the parent; any thread may. The first does not wait, since it hears."""
         try:
-            return self._channel.send(Packet(codec.encode(message, records)), wait=wait)
+            return self._channel.send(packet(kind, *rest), wait=wait)
         except ClosedError:
             os._exit(0)
 
@@ -172,20 +171,16 @@ class Service:
         try:
             token.check()
             result = function()
-            message = codec.encode(
-                ("done", number, result, self._anonymous(), self._pipe.state.value), records
-            )
+            answer = packet("done", number, result, self._anonymous(), self._pipe.state.value)
         except BaseException as error:
             self._fail(number, error)
             return
         self._tokens.pop(number, None)
         try:
-            self._channel.send(Packet(message), wait=True)
+            self._channel.send(answer, wait=True)
         except ClosedError:
             os._exit(0)
-        except OSError as error:  # no room for what lies beside it
-            self._fail(number, MemoryError(str(error)))
-        del result, message
+        del result, answer
         if time.monotonic() - self._measured > _MEASURED:
             self._measure()
 

@@ -21,12 +21,11 @@ from ebbtide.cancellation import CancelToken
 from ebbtide.lifecycle import Remains
 from ebbtide.memory.reaper import reaper
 from ebbtide.receipts import DisposalReceipt
-from ebbtide.workers import codec
 from ebbtide.workers.calls import Call
-from ebbtide.workers.channel import ClosedError, Packet
+from ebbtide.workers.channel import ClosedError
 from ebbtide.workers.endings import receipt_of
 from ebbtide.workers.keeper import IMPATIENCE, Keeper
-from ebbtide.workers.records import records
+from ebbtide.workers.messages import call_packet
 
 _LONGEST_END: Final = 20.0
 """Seconds that an end takes at most, by signals and all."""
@@ -92,8 +91,7 @@ class Worker(Keeper):
             reason = "it has no process now, and starts one at the next call"
             call.finish(DisposalReceipt(0, 0, 0, True, True, 0.0, "none", (reason,)))
             return
-        message = ("call", call.number, "sleep", (), dict(options), "")
-        call.packet = Packet(codec.encode(message, records))
+        call.packet = call_packet(call.number, "sleep", (), options, tells="")
         self.submit(call)
 
     def submit(self, call: Call) -> None:
@@ -119,7 +117,7 @@ class Worker(Keeper):
     def cancel(self, number: int) -> None:
         """Stop a call; safe in a signal handler."""
         child = self._child
-        if child is None or not child.say(("cancel", number)):
+        if child is None or not child.say("cancel", number):
             self._ring()
 
     # What the reaper's thread does
