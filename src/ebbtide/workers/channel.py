@@ -39,6 +39,7 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE
 """A memory file stays as it was sent: cut short, it would end whoever has it mapped."""
 
 _ONE: Final = array.array("i", [0]).itemsize
+_FILES: Final = socket.CMSG_SPACE(4 * _ONE)
 
 
 class ClosedError(Exception):
@@ -183,14 +184,13 @@ class Channel:
             ClosedError: The other end is gone, or sends what is no message.
         """
         flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
-        room = socket.CMSG_SPACE(4 * _ONE)
         try:
-            raw, ancillary, _, _ = self._end.recvmsg(_LARGEST + _HEAD.size, room, flags)
+            raw, ancillary, _, _ = self._end.recvmsg(_LARGEST + _HEAD.size, _FILES, flags)
         except BlockingIOError:
             return None
         except OSError as error:
             raise ClosedError(str(error)) from None
-        files = _files_of(ancillary)
+        files = _files_of(ancillary) if ancillary else []
         try:
             return _opened(raw, files)
         finally:
