@@ -17,8 +17,8 @@ LOAD: Final = 0
 """The number of what belongs to no call: the load, and what goes on between calls."""
 
 
-def _nothing(event: Any) -> None:
-    return None
+def nothing(event: Any) -> None:
+    """Hear what a call tells, and do nothing about it."""
 
 
 class Call:
@@ -95,7 +95,7 @@ class Call:
             gate.wait()
             raise
 
-    def wait(self, heard: Callable[[Any], object] = _nothing) -> Any:
+    def wait(self, heard: Callable[[Any], object] = nothing) -> Any:
         """The result, or the call's error, once it has ended.
 
         An exception that reaches the waiting thread meanwhile (Ctrl-C, a warning that is an error)
@@ -140,7 +140,7 @@ class Call:
             await patiently(self.on_done, self.token.cancel)
             raise
 
-    async def result(self, heard: Callable[[Any], object] = _nothing) -> Any:
+    async def result(self, heard: Callable[[Any], object] = nothing) -> Any:
         """The same as `wait` on an event loop; a task that is cancelled cancels the call."""
         events = self.aevents()
         async for event in events:

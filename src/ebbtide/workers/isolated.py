@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterator, Mapping
-from contextlib import aclosing, closing, contextmanager
+from contextlib import aclosing, closing, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from ebbtide.pipelines import Pipeline, PipelineMemory
 from ebbtide.pipelines.generating import AsyncStream, Stream
 from ebbtide.pipelines.progress import Progress, watched
 from ebbtide.workers import codec
-from ebbtide.workers.calls import Call
+from ebbtide.workers.calls import Call, nothing
 from ebbtide.workers.life import WorkerLifecycle
 from ebbtide.workers.messages import call_packet
 from ebbtide.workers.options import IsolateOptions
@@ -166,9 +166,9 @@ class Isolated(Pipeline):
         progress, streamer = options.pop("progress", False), options.pop("streamer", None)
         options, parsed = self._crossing(options)
         tells = None
-        heard: Any = _unheard()
+        heard: Any = nullcontext(nothing)
         if streamer is not None:
-            tells, heard = "streamer", _unheard(lambda event: streamer(*event))
+            tells, heard = "streamer", nullcontext(lambda event: streamer(*event))
         elif progress is True or callable(progress):
             tells, heard = "progress", _watching(progress, self.task)
         elif progress is not False:
@@ -403,11 +403,6 @@ class Loading:
         worker = self._worker
         kind: Any = class_of(self._kind)  # type: ignore[arg-type]
         return lambda lifecycle: kind(lifecycle, worker)
-
-
-@contextmanager
-def _unheard(heard: Heard = lambda event: None) -> Iterator[Heard]:
-    yield heard
 
 
 @contextmanager
