@@ -247,9 +247,46 @@ def test_of_equals_cost_takes_the_least_popular(asked: list[str]) -> None:
     assert first("cost", *there.values()) == least.key
 
 
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=8), st.integers(1, 8))
+def test_cost_goes_by_popularity_however_long_ago_the_uses_were(
+    turns: list[int], count: int
+) -> None:
+    there = [
+        model(f"m{n}", use=Use(0.0, turn, often=(n + 1.0, 0.0, 0.0)))
+        for n, turn in enumerate(turns)
+    ]
+    newest = Use(0.0, max(turns))
+    least = sorted(there, key=lambda one: (popularity(one.use, newest), one.key))[:count]
+    plan = choose("cost", there, Need(90 * len(least)), 100.0)
+    assert plan.sleep == tuple(one.key for one in least)
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_of_what_is_worth_the_same_cost_takes_what_was_used_last_the_longest_ago(
+    asleep: bool,
+) -> None:
+    there = [model("a", use=Use(9.0), asleep=asleep), model("b", use=Use(8.0), asleep=asleep)]
+    (step,) = choose("cost", there, Need(5), 100.0).steps
+    assert step.key == "b"
+
+
+def test_of_two_newest_uses_that_know_different_things_one_counts_in_any_order() -> None:
+    start = Use(1.0, turn=100, often=(9.0, 1.0, 0.0), starts=(0, 32, -1))
+    shift = Use(1.0, turn=100, often=(1.0, 9.0, 0.0), starts=(0, 32, -1), likeliest=1)
+    there = [model("a", use=start), model("b", use=shift)]
+    assert first("cost", *there) == first("cost", *reversed(there)) == "a"
+
+
 def test_cost_goes_by_the_time_to_load_where_something_cannot_sleep() -> None:
     evicted = model("evicted", sleepable=False, reload_seconds=0.1)
     assert first("cost", model("sleeps"), evicted) == "evicted"
+
+
+@given(entries())
+def test_an_entry_tells_what_its_first_step_would_be(there: list[Entry]) -> None:
+    for entry in takeable(there):
+        assert entry.sleeps == sleeps(entry)
+        assert entry.frees == entry.held - (entry.bytes_asleep if entry.sleeps else 0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -281,17 +281,16 @@ class Books:
             leased: Those as well that may once their leases are returned.
         """
         ready, asleep, now = Phase.READY, Phase.ASLEEP, self.clock()
-        found = []
-        for slot in tuple(self.slots.values()):  # one loop with no calls: there may be many
-            phase = slot.phase
-            if (phase is not ready and phase is not asleep) or slot is but:
-                continue
-            if slot.is_pinned or slot.wishes or slot.restless_until > now:
-                continue
-            if slot.holds and not (leased and slot.asked_back_until <= now):
-                continue
-            found.append(slot)
-        return found
+        return [
+            slot
+            for slot in tuple(self.slots.values())  # with no calls: there may be many
+            if ((phase := slot.phase) is ready or phase is asleep)
+            and slot is not but
+            and not slot.is_pinned
+            and not slot.wishes
+            and slot.restless_until <= now
+            and (not slot.holds or (leased and slot.asked_back_until <= now))
+        ]
 
     def plan(
         self, account: str, missing: int, but: Slot | None = None, *, leased: bool = False
@@ -306,7 +305,7 @@ class Books:
         """
         slots = self.takeable(but, leased=leased)
         if account == BYTES:
-            entries = [_known(slot) for slot in slots]
+            entries = _described(slots)
         else:
             entries = [self._entry(slot, account) for slot in slots]
             entries = [entry for entry in entries if entry.bytes_awake]
@@ -372,17 +371,18 @@ class Books:
         )
 
 
-def _known(slot: Slot) -> Entry:
-    """A slot as a policy sees it: as it was made before, where all is as it was."""
-    entry = slot.entry
-    if (
-        entry is None
-        or entry.use is not slot.use
-        or entry.keep_until != slot.keep_until
-        or entry.asleep is not (slot.phase is Phase.ASLEEP)
-    ):
-        return slot.as_entry()
-    return entry
+def _described(slots: list[Slot]) -> list[Entry]:
+    """Slots as a policy sees them: each as it was described before, where all is as it was."""
+    asleep = Phase.ASLEEP
+    return [
+        entry
+        if (entry := slot.entry) is not None
+        and entry.use is slot.use
+        and entry.keep_until == slot.keep_until
+        and entry.asleep is (slot.phase is asleep)
+        else slot.as_entry()
+        for slot in slots
+    ]
 
 
 def out_of_budget(

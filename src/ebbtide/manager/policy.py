@@ -23,10 +23,10 @@ its model look popular. A scan adds one use to each, and tells nothing of a shif
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 from ebbtide.errors import InputError, nearest, unknown_value
 
@@ -45,6 +45,7 @@ PRIOR = 1.0
 SIZE = 0.8
 """The power of the bytes in what something is worth a byte; 1 would not spare what is large."""
 
+_FADED = tuple([FADE**age for age in range(4096)])  # quicker looked up than worked out
 _STARTS = (0,) + (-1,) * (BEGINNINGS - 1)
 _NONE = (0.0,) * BEGINNINGS
 
@@ -170,6 +171,8 @@ class Entry:
         asleep: Whether it sleeps.
         sleepable: Whether it can sleep.
         keep_until: Until when it was asked to be kept, by the clock of ``use``; or for ever.
+        sleeps: Whether its first step is to sleep: it can, and something comes free by it.
+        frees: The bytes that come free by its first step.
 
     Raises:
         InputError: Bytes or seconds are negative or not a number, or asleep it holds more.
@@ -187,6 +190,10 @@ class Entry:
     asleep: bool = False
     sleepable: bool = True
     keep_until: float = math.inf
+    sleeps: bool = dataclasses.field(init=False, repr=False, compare=False)
+    frees: int = dataclasses.field(init=False, repr=False, compare=False)
+    _seconds: float = dataclasses.field(init=False, repr=False, compare=False)
+    _weight: float = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.bytes_asleep <= self.bytes_awake < math.inf:
@@ -205,6 +212,15 @@ class Entry:
             raise InputError(
                 f"keep_until of {self.key!r} is not a number. Give a time, or math.inf for ever."
             )
+        asleep = self.bytes_asleep
+        held = asleep if self.asleep else self.bytes_awake
+        sleeps = self.sleepable and asleep < held
+        frees = held - asleep if sleeps else held
+        note = object.__setattr__  # worked out once: an entry serves many choices
+        note(self, "sleeps", sleeps)
+        note(self, "frees", frees)
+        note(self, "_seconds", self.wake_seconds if sleeps else self.reload_seconds)
+        note(self, "_weight", (frees or 1) ** SIZE)
 
     @property
     def held(self) -> int:
@@ -240,8 +256,7 @@ class Need:
             )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One thing to do.
 
     Attributes:
@@ -283,6 +298,10 @@ class Step:
             why = "kept for ever" if left == math.inf else f"to be kept for {left:.0f} s"
             why = why if left > 0 else f"its time ended {-left:.0f} s ago"
         return f"frees {_mb(self.bytes)}, back in {self.seconds:.2f} s; {why} ({self.policy})"
+
+
+_step = partial(tuple.__new__, Step)
+"""A `Step` of a tuple, with no call in Python: a plan may have hundreds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -353,9 +372,6 @@ POLICIES: Mapping[str, str] = {
 }
 """The policies by name, each with what goes first."""
 
-_Ranked = tuple[float, float, str, Entry]
-"""A score, of which the lowest goes first, and what decides among equals."""
-
 
 def choose(policy: Policy, entries: Iterable[Entry], need: Need, now: float) -> Plan:
     """What to put to sleep and what to evict.
@@ -385,26 +401,28 @@ def choose(policy: Policy, entries: Iterable[Entry], need: Need, now: float) -> 
     everything = list(entries)
     if len({entry.key for entry in everything}) < len(everything):
         raise _twice([entry.key for entry in everything], "entries")
-    free = [one for one in everything if not (one.leased or one.pinned or one.loading)]
+    kept = {one.key: one.busy for one in everything if one.leased or one.pinned or one.loading}
+    free = [one for one in everything if one.key not in kept] if kept else everything
     order: dict[str, float] | None = None
     if callable(policy):
-        free.sort(key=lambda entry: entry.key)
+        free = sorted(free, key=lambda entry: entry.key)
         order = _scores(policy(tuple(free), need, now), free)
         free = [entry for entry in free if entry.key in order]
-    possible = sum([entry.bytes_asleep if entry.asleep else entry.bytes_awake for entry in free])
+    asleep = [one for one in free if one.asleep]
+    awake = [one for one in free if not one.asleep] if asleep else free
+    possible = sum([one.bytes_awake for one in awake]) + sum([one.bytes_asleep for one in asleep])
     steps: list[Step] = []
     if 0 < need.bytes <= possible:
         newest = _newest(everything)
         name = policy if isinstance(policy, str) else "your policy"
-        firsts = [one for one in free if not one.asleep]
-        chosen = _take(_ranked(name, order, firsts, newest, False), need.bytes, _first)
-        missing = need.bytes - sum([freed for _, freed in chosen])
-        evicted: list[tuple[Entry, int]] = []
+        ranked = _ranked(name, order, awake, newest, False)
+        firsts, missing = _take(ranked, need.bytes, False)
+        seconds: list[Entry] = []
         if missing > 0:
-            rest = [one for one in free if one.asleep or _sleeps(one)]
-            evicted = _take(_ranked(name, order, rest, newest, True), missing, _asleep)
-        steps = _least(chosen, evicted, need.bytes, name, now)
-    kept = {one.key: one.busy for one in everything if one.leased or one.pinned or one.loading}
+            rest = [one for one in free if one.asleep or one.sleeps]
+            ranked = _ranked(name, order, rest, newest, True)
+            seconds, missing = _take(ranked, missing, True)
+        steps = _least(firsts, seconds, -missing, name, now)
     return Plan(tuple(steps), need.bytes, possible, dict(sorted(kept.items())))
 
 
@@ -436,122 +454,103 @@ def popularity(use: Use, newest: Use) -> float:
 
 def _newest(entries: list[Entry]) -> Use:
     """The newest use; the order of the entries does not matter where users made two of a turn."""
-    turn = max([entry.use.turn for entry in entries])
-    uses = [entry.use for entry in entries if entry.use.turn == turn]
-    return max(uses, key=lambda use: (use.starts, use.likeliest))
+    found = entries[0].use
+    for entry in entries:
+        use = entry.use
+        if use.turn > found.turn or (use.turn == found.turn and _later(use, found)):
+            found = use
+    return found
 
 
-def _sleeps(entry: Entry) -> bool:
-    """Whether its first step is to sleep: it can, and something comes free by it."""
-    return entry.sleepable and not entry.asleep and entry.bytes_asleep < entry.bytes_awake
-
-
-def _first(entry: Entry) -> int:
-    """What its first step frees."""
-    return entry.bytes_awake - entry.bytes_asleep if _sleeps(entry) else entry.bytes_awake
-
-
-def _asleep(entry: Entry) -> int:
-    """What evicting it frees once it sleeps."""
-    return entry.bytes_asleep
+def _later(use: Use, than: Use) -> bool:
+    """Which of two of one turn is taken to be the newer."""
+    return (use.starts, use.likeliest) > (than.starts, than.likeliest)
 
 
 def _ranked(
     name: str, order: dict[str, float] | None, entries: list[Entry], newest: Use, evicting: bool
-) -> list[_Ranked]:
-    """The entries as a heap, what goes first at its top."""
+) -> list[Entry]:
+    """The entries in the order in which they take a first step, or are evicted asleep."""
+    ranked: list[tuple[float, float, str, Entry]]
     if order is not None:
         ranked = [(order[one.key], 0.0, one.key, one) for one in entries]
     elif name == "lru":
         ranked = [(one.use.at, 0.0, one.key, one) for one in entries]
     elif name == "lfu":
-        ranked = [(float(one.use.count), one.use.at, one.key, one) for one in entries]
+        ranked = [(one.use.count, one.use.at, one.key, one) for one in entries]
     elif name == "ttl":
         ranked = [(one.keep_until, one.use.at, one.key, one) for one in entries]
     else:
-        ranked = _by_worth(entries, newest, evicting)
-    heapq.heapify(ranked)
-    return ranked
+        return _by_worth(entries, newest, evicting)
+    return [row[-1] for row in sorted(ranked)]
 
 
-def _by_worth(entries: list[Entry], newest: Use, evicting: bool) -> list[_Ranked]:
+def _by_worth(entries: list[Entry], newest: Use, evicting: bool) -> list[Entry]:
     """By the seconds a byte that the first step loses, or evicting what sleeps.
 
-    One loop with no calls, `popularity` written out: it is most of the time that a choice takes.
+    One loop with no calls, `popularity` written out: it is much of the time that a choice takes.
     """
     turn, which = newest.turn, newest.likeliest
-    start = newest.starts[which]
-    ranked = []
+    start, known = newest.starts[which], len(_FADED)
+    worths = []
     for entry in entries:
-        freed, asleep, use = entry.bytes_awake, entry.bytes_asleep, entry.use
-        if evicting:
-            seconds, freed = entry.reload_seconds, asleep
-        elif entry.sleepable and asleep < freed:
-            seconds, freed = entry.wake_seconds, freed - asleep
-        else:
-            seconds = entry.reload_seconds
-        uses = PRIOR
+        use, uses = entry.use, PRIOR
         if use.starts[which] == start:
-            uses += use.often[which] * FADE ** (turn - use.turn)
-        ranked.append((seconds * uses / (freed or 1) ** SIZE, use.at, entry.key, entry))
-    return ranked
+            age = turn - use.turn
+            uses += use.often[which] * (_FADED[age] if age < known else FADE**age)
+        if evicting:
+            worths.append(entry.reload_seconds * uses / (entry.bytes_asleep or 1) ** SIZE)
+        else:
+            worths.append(entry._seconds * uses / entry._weight)
+    places: Sequence[int] = range(len(entries))
+    if len(set(worths)) < len(worths):  # equals go by their last use, and then by name
+        places = sorted(places, key=lambda place: (entries[place].use.at, entries[place].key))
+    return [entries[place] for place in sorted(places, key=worths.__getitem__)]
 
 
-def _take(
-    ranked: list[_Ranked], needed: int, frees: Callable[[Entry], int]
-) -> list[tuple[Entry, int]]:
-    """What goes, in order, until that is enough; what frees nothing is left alone."""
+def _take(ranked: list[Entry], needed: int, evicting: bool) -> tuple[list[Entry], int]:
+    """What goes, in order, until that is enough, and what is still needed then.
+
+    What frees nothing is left alone.
+    """
     taken = []
-    while ranked and needed > 0:
-        entry = heapq.heappop(ranked)[-1]
-        freed = frees(entry)
+    for entry in ranked:
+        freed = entry.bytes_asleep if evicting else entry.frees
         if freed > 0:
-            taken.append((entry, freed))
+            taken.append(entry)
             needed -= freed
-    return taken
+            if needed <= 0:
+                break
+    return taken, needed
 
 
 def _least(
-    firsts: list[tuple[Entry, int]],
-    evicted: list[tuple[Entry, int]],
-    needed: int,
-    name: str,
-    now: float,
+    firsts: list[Entry], seconds: list[Entry], spare: int, name: str, now: float
 ) -> list[Step]:
     """The steps without those that are not needed; what is worth most is spared first.
 
     What both sleeps and is evicted is one step. Each that is spared makes it only harder to spare
     another, so one look at each is enough.
     """
-    spare = sum([freed for _, freed in firsts]) + sum([freed for _, freed in evicted]) - needed
     also: dict[str, int] = {}
-    for entry, freed in reversed(evicted):
+    for entry in reversed(seconds):
+        if entry.bytes_asleep <= spare:
+            spare -= entry.bytes_asleep
+        else:
+            also[entry.key] = entry.bytes_asleep
+    steps = []
+    for entry in reversed(firsts):
+        more = also.pop(entry.key, 0) if also else 0
+        freed = entry.frees + more
         if freed <= spare:
             spare -= freed
+        elif entry.sleeps and not more:
+            steps.append(_step((entry, "sleep", freed, name, now)))
         else:
-            also[entry.key] = freed
-    steps = []
-    for entry, freed in reversed(firsts):
-        more = also.get(entry.key, 0)
-        if freed + more <= spare:
-            spare -= freed + more
-            also.pop(entry.key, None)
-        else:
-            steps.append(
-                Step(
-                    entry,
-                    "sleep" if _sleeps(entry) and not more else "evict",
-                    freed + more,
-                    name,
-                    now,
-                )
-            )
-            also.pop(entry.key, None)
+            steps.append(_step((entry, "evict", freed, name, now)))
     steps.reverse()
-    steps += [
-        Step(entry, "evict", freed, name, now) for entry, freed in evicted if entry.key in also
-    ]
-    return steps
+    left = [entry for entry in seconds if entry.key in also]
+    return steps + [_step((entry, "evict", entry.bytes_asleep, name, now)) for entry in left]
 
 
 def _scores(given: object, entries: list[Entry]) -> dict[str, float]:

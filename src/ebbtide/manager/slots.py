@@ -87,7 +87,7 @@ class Hold:
         return f"{self.site[0]}:{self.site[1]}"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Slot:
     """One pipeline that was asked for.
 
