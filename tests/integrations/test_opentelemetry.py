@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tests.integrations.exported import Heard, hearing
 
 from ebbtide.errors import EbbtideError, InputError, ManagerClosedError, ModelNotFoundError
 from ebbtide.integrations import opentelemetry
+from ebbtide.integrations.exported import BUCKETS
 from ebbtide.integrations.opentelemetry import Observed, observe
 from ebbtide.manager import ManagerEvent, PipelineManager
 
 TASK = "feature-extraction"
-
-Heard = Callable[[str], None]
 
 
 class Telemetry:
@@ -79,27 +78,8 @@ def telemetry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Telemetry]:
 
 
 @pytest.fixture
-def manager() -> Iterator[PipelineManager]:
-    with PipelineManager(budget="4 GiB", remember=False) as made:
-        yield made
-
-
-@pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
-    """Waits until the exporter has noted an event of a kind."""
-    noted: queue.SimpleQueue[str] = queue.SimpleQueue()
-    hear = Observed._hear
-
-    def hear_and_tell(observed: Observed, event: ManagerEvent) -> None:
-        hear(observed, event)
-        noted.put(event.kind)
-
-    def wait_for(kind: str) -> None:
-        while noted.get(timeout=60) != kind:
-            pass
-
-    monkeypatch.setattr(Observed, "_hear", hear_and_tell)
-    return wait_for
+    return hearing(Observed, monkeypatch)
 
 
 # Figures
@@ -193,7 +173,7 @@ def test_durations_and_bytes_that_came_back_are_recorded(
         "load": 1,
         "wake": 1,
     }
-    assert points[0].explicit_bounds == opentelemetry.BUCKETS
+    assert points[0].explicit_bounds == BUCKETS
     assert telemetry.value("ebbtide.memory.released", by="sleep") == max(0, asleep.released)
     assert telemetry.value("ebbtide.memory.released", by="disposal") == max(0, gone.released)
     assert telemetry.value("ebbtide.memory.retained") == gone.retained

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import queue
 import re
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +23,12 @@ from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse
+from tests.integrations.exported import Heard, hearing
 
 import ebbtide
 from ebbtide.errors import InputError, ManagerClosedError, ModelNotFoundError
 from ebbtide.integrations import prometheus
+from ebbtide.integrations.exported import BUCKETS, OTHER
 from ebbtide.integrations.prometheus import ManagerCollector, collect
 from ebbtide.manager import ManagerEvent, ManagerStatus, PipelineManager, PipelineStatus
 from ebbtide.receipts import DisposalReceipt
@@ -37,32 +37,13 @@ TASK = "feature-extraction"
 
 
 @pytest.fixture
-def manager() -> Iterator[PipelineManager]:
-    with PipelineManager(budget="4 GiB", remember=False) as made:
-        yield made
-
-
-@pytest.fixture
 def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Waits until the exporter has noted an event of a kind."""
-    noted: queue.SimpleQueue[str] = queue.SimpleQueue()
-    hear = prometheus._Record.hear
-
-    def hear_and_tell(record: Any, event: ManagerEvent) -> None:
-        hear(record, event)
-        noted.put(event.kind)
-
-    def wait_for(kind: str) -> None:
-        while noted.get(timeout=60) != kind:
-            pass
-
-    monkeypatch.setattr(prometheus._Record, "hear", hear_and_tell)
-    return wait_for
+def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
+    return hearing(prometheus.Collection, monkeypatch)
 
 
 def scraped(registry: CollectorRegistry) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -164,7 +145,7 @@ def test_loads_and_wakes_are_timed_apart(
     manager: PipelineManager,
     registry: CollectorRegistry,
     tiny_bert: Path,
-    heard: Callable[[str], None],
+    heard: Heard,
 ) -> None:
     collect(manager, registry=registry)
     manager.preload(TASK, tiny_bert)
@@ -184,7 +165,7 @@ def test_bytes_that_came_back_are_summed_from_receipts(
     manager: PipelineManager,
     registry: CollectorRegistry,
     tiny_bert: Path,
-    heard: Callable[[str], None],
+    heard: Heard,
 ) -> None:
     collect(manager, registry=registry)
     manager.preload(TASK, tiny_bert)
@@ -217,7 +198,7 @@ def test_a_load_that_follows_a_wake_that_failed_is_a_load() -> None:
     record = prometheus._Record()
     for event in [told("waking"), told("loading"), told("ready", seconds=70.0)]:
         record.hear(event)
-    assert record.loads["load"] == ((*[0] * len(prometheus.BUCKETS), 1), 70.0)
+    assert record.loads["load"] == ((*[0] * len(BUCKETS), 1), 70.0)
     assert record.loads["wake"][1] == 0
 
 
@@ -225,8 +206,8 @@ def test_a_load_that_follows_a_wake_that_failed_is_a_load() -> None:
 def test_a_bucket_has_all_loads_of_at_most_its_seconds(seconds: list[float]) -> None:
     collector, one = collected(status_of([]))
     for took in seconds:
-        one._record.hear(told("loading"))
-        one._record.hear(told("ready", seconds=took))
+        one.record.hear(told("loading"))
+        one.record.hear(told("ready", seconds=took))
     (family,) = [x for x in collector.collect() if x.name == "ebbtide_load_seconds"]
     for sample in family.samples:
         if sample.name.endswith("_bucket") and sample.labels["kind"] == "load":
@@ -308,7 +289,7 @@ def collected(
     one = prometheus.Collection(_kept[0], "m", most)  # type: ignore[arg-type]
     one._process = os.getpid()
     collector = ManagerCollector()
-    collector._collections["m"] = one
+    collector._exported["m"] = one
     return collector, one
 
 
@@ -316,7 +297,7 @@ entries_of = st.lists(
     st.builds(
         PipelineStatus,
         key=st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1).filter(
-            lambda key: key != prometheus.OTHER
+            lambda key: key != OTHER
         ),
         phase=st.sampled_from(["empty", "loading", "ready", "falling asleep", "asleep"]),
         anonymous=st.integers(0, 2**40),
@@ -352,7 +333,7 @@ def test_series_are_bounded_and_nothing_is_lost_in_the_rest(
             named.add(label)
             totals[name.removeprefix("ebbtide_pipeline_")] += count
     assert len(named) <= most + 1
-    assert named <= {entry.key for entry in there[:most]} | {prometheus.OTHER}
+    assert named <= {entry.key for entry in there[:most]} | {OTHER}
     assert totals == {
         "bytes": sum(entry.anonymous for entry in there),
         "mapped_bytes": sum(entry.mapped for entry in there),
@@ -460,7 +441,7 @@ def test_a_forked_child_is_told_of_its_own_loads_alone(fresh_process: Any) -> No
             thread = manager._core.feed._thread
             manager.close()
             thread.join(30)
-            print(sum(collection._record.loads["load"][0]))
+            print(sum(collection.record.loads["load"][0]))
             sys.stdout.flush()
             os._exit(0)
         print(os.wait()[1])

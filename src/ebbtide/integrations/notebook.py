@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import importlib
-from types import TracebackType
 from typing import Any, Self
 
 from ebbtide.errors import MissingExtraError
@@ -76,12 +75,7 @@ class NotebookView:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *about: object) -> None:
         self.stop()
 
     def _show(self, facts: Facts) -> None:

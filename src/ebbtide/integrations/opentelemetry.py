@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import ebbtide
-from ebbtide.errors import InputError, ManagerClosedError, MissingExtraError
+from ebbtide.errors import MissingExtraError
+from ebbtide.integrations.exported import BUCKETS, Exported, Exports
 from ebbtide.receipts import DisposalReceipt
 
 try:
@@ -39,14 +40,9 @@ if TYPE_CHECKING:
         ManagerEvent,
         ManagerStatus,
         PipelineManager,
-        PipelineStatus,
-        Subscription,
     )
 
 PipelineT = TypeVar("PipelineT")
-
-OTHER: Final = "other"
-"""The attribute of all pipelines together that have no series of their own."""
 
 FRESH = 0.1
 """Seconds for which one look at a manager serves all of its metrics."""
@@ -88,9 +84,6 @@ _EACH = (
 )
 """Fields of `PipelineStatus`, and their metrics."""
 
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
-"""Seconds of a load, from a small prepared model's to that of gigabytes on a slow disk."""
-
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Wait:
@@ -111,7 +104,7 @@ class _Begun:
     parent: _Wait | None = None
 
 
-class Observed:
+class Observed(Exported):
     """A manager that is observed, until `cancel`; made by `observe`.
 
     As a context manager it is cancelled at the end. A manager that is closed or collected is not
@@ -121,6 +114,9 @@ class Observed:
         name: The value of the attribute ``ebbtide.manager``.
     """
 
+    function = "observe"
+    kinds = ("loading", "waking", "ready", "failed", "sleeping", "evicting", "disposed")
+
     def __init__(
         self,
         manager: PipelineManager,
@@ -129,23 +125,14 @@ class Observed:
         instruments: _Instruments,
         tracers: TracerProvider | None,
     ) -> None:
-        self.name = name
-        self._manager = weakref.ref(manager)
-        self._most = most
+        super().__init__(manager, name, most)
         self._instruments = instruments
         self._tracer = trace.get_tracer("ebbtide", ebbtide.__version__, tracers)
+
+    def _forget(self) -> None:
         self._status: tuple[float, ManagerStatus] | None = None
         self._begun: dict[str, _Begun] = {}
         self._waits: dict[str, collections.deque[_Wait]] = {}
-        self._process = 0
-        self._subscription: Subscription | None = None
-        self._is_cancelled = False
-
-    def _begin(self, manager: PipelineManager) -> None:
-        self._process = os.getpid()
-        self._status, self._begun, self._waits = None, {}, {}
-        kinds = ("loading", "waking", "ready", "failed", "sleeping", "evicting", "disposed")
-        self._subscription = manager.subscribe(self._hear, *kinds)
 
     def traced(self, lease: Lease[PipelineT]) -> TracedLease[PipelineT]:
         """A lease whose wait is a span, ``ebbtide.acquire``, of the trace it is asked for in.
@@ -167,53 +154,21 @@ class Observed:
 
     def cancel(self) -> None:
         """Observe it no more; a second time does nothing."""
-        self._is_cancelled = True
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            subscription.cancel()
+        super().cancel()
         for key in tuple(self._begun):
             begun = self._begun.pop(key, None)
             if begun is not None:
                 begun.span.end()
 
-    def __enter__(self) -> Observed:
-        return self
-
-    def __exit__(self, *about: object) -> None:
-        self.cancel()
-
-    def _there(self) -> PipelineManager | None:
-        """The manager, while it is to be observed."""
-        manager = None if self._is_cancelled else self._manager()
-        if manager is None or manager.is_closed:
-            return None
-        if self._process != os.getpid():  # after a fork nobody is told of events any more
-            self._begin(manager)
-        return manager
-
-    def is_of_another(self, manager: PipelineManager) -> bool:
-        """Whether it observes another manager than this one."""
-        mine = None if self._is_cancelled else self._manager()
-        return mine is not None and mine is not manager and not mine.is_closed
-
-    # Figures
-
     def status(self) -> ManagerStatus | None:
         """What there is, looked at just now; None where there is nothing to observe any more."""
-        manager = self._there()
+        manager = self.there()
         if manager is None:
             return None
         seen, now = self._status, time.monotonic()
         if seen is None or now - seen[0] >= FRESH:
             self._status = seen = (now, manager.status())
         return seen[1]
-
-    def groups(self, status: ManagerStatus) -> Iterator[tuple[str, list[PipelineStatus]]]:
-        """Each pipeline that is there, and those together that have no series of their own."""
-        there = [entry for entry in status.entries if entry.phase != "empty"]
-        for entry in there[: self._most]:
-            yield entry.key, [entry]
-        yield OTHER, there[self._most :]
 
     # Spans and sums, on the manager's thread for events
 
@@ -294,7 +249,7 @@ class Observed:
 
     @contextmanager
     def _acquiring(self, key: str) -> Iterator[None]:
-        self._there()
+        self.there()
         about = {MANAGER: self.name, PIPELINE: key}
         span = self._tracer.start_span("ebbtide.acquire", attributes=about)
         wait = _Wait(span.get_span_context(), time.time_ns())
@@ -355,18 +310,25 @@ def _set_error(span: Span, kind: str) -> None:
     span.set_status(Status(StatusCode.ERROR, kind))
 
 
-class _Instruments:
+Figure = Callable[["ManagerStatus"], int]
+
+
+class _Instruments(Exports[Observed]):
     """The instruments of one meter provider, for all managers that are observed by it."""
 
     def __init__(self, meters: MeterProvider | None) -> None:
-        self._observed: dict[str, Observed] = {}
+        super().__init__()
         meter = metrics.get_meter("ebbtide", ebbtide.__version__, meters)
         for field, name, unit, about in _GAUGES:
-            meter.create_observable_gauge(name, [partial(self._field, field)], unit, about)
+            meter.create_observable_gauge(
+                name, [partial(self._one, attrgetter(field))], unit, about
+            )
         for kind, name, unit, about in _COUNTERS:
-            meter.create_observable_counter(name, [partial(self._count, kind)], unit, about)
+            meter.create_observable_counter(
+                name, [partial(self._one, _count_of(kind))], unit, about
+            )
         meter.create_observable_counter(
-            "ebbtide.leases", [self._leases], "{lease}", "Leases that were given."
+            "ebbtide.leases", [partial(self._one, _uses)], "{lease}", "Leases that were given."
         )
         for field, name, unit, about in _EACH:
             meter.create_observable_up_down_counter(name, [partial(self._each, field)], unit, about)
@@ -399,48 +361,18 @@ class _Instruments:
             "Disposals whose receipt does not prove that the memory is back.",
         )
 
-    def add(self, one: Observed, manager: PipelineManager) -> None:
-        """Observe a manager, anew if it is already; an `InputError` says its name is taken."""
-        before = self._observed.get(one.name)
-        if before is not None and before.is_of_another(manager):
-            raise InputError(
-                f"A manager is observed as {one.name!r} already. Give this one another name:"
-                " observe(manager, name=...).",
-                value=one.name,
-            )
-        self._observed[one.name] = one
-        if before is not None:
-            before.cancel()
-        one._begin(manager)
-
-    def _there(self) -> Iterator[tuple[Observed, ManagerStatus]]:
-        for name, one in tuple(self._observed.items()):
-            status = one.status()
-            if status is not None:
-                yield one, status
-            elif self._observed.get(name) is one:
-                del self._observed[name]
-
-    def _field(self, field: str, options: CallbackOptions) -> Iterable[Observation]:
-        for one, status in self._there():
-            yield Observation(getattr(status, field), {MANAGER: one.name})
-
-    def _count(self, kind: str, options: CallbackOptions) -> Iterable[Observation]:
-        for one, status in self._there():
-            yield Observation(status.counts.get(kind, 0), {MANAGER: one.name})
-
-    def _leases(self, options: CallbackOptions) -> Iterable[Observation]:
-        for one, status in self._there():
-            yield Observation(sum(entry.uses for entry in status.entries), {MANAGER: one.name})
+    def _one(self, figure: Figure, options: CallbackOptions) -> Iterable[Observation]:
+        for one, status in self.there():
+            yield Observation(figure(status), {MANAGER: one.name})
 
     def _each(self, field: str, options: CallbackOptions) -> Iterable[Observation]:
-        for one, status in self._there():
+        for one, status in self.there():
             for label, entries in one.groups(status):
                 total = sum(getattr(entry, field) for entry in entries)
                 yield Observation(total, {MANAGER: one.name, PIPELINE: label})
 
     def _phases(self, options: CallbackOptions) -> Iterable[Observation]:
-        for one, status in self._there():
+        for one, status in self.there():
             for label, entries in one.groups(status):
                 phases = collections.Counter(entry.phase for entry in entries)
                 for phase, count in sorted(phases.items()):
@@ -448,11 +380,19 @@ class _Instruments:
                     yield Observation(count, about)
 
     def _devices(self, which: int, options: CallbackOptions) -> Iterable[Observation]:
-        for one, status in self._there():
+        for one, status in self.there():
             for device, figures in status.devices.items():
                 count = figures[which]
                 if count is not None:
                     yield Observation(count, {MANAGER: one.name, "ebbtide.device": device})
+
+
+def _count_of(kind: str) -> Figure:
+    return lambda status: status.counts.get(kind, 0)
+
+
+def _uses(status: ManagerStatus) -> int:
+    return sum(entry.uses for entry in status.entries)
 
 
 _instruments: weakref.WeakKeyDictionary[MeterProvider, _Instruments]
@@ -495,10 +435,6 @@ def observe(
         ...         observed.name
         'search'
     """
-    if type(most) is not int or most < 0:
-        raise InputError(f"most takes a whole number, 0 or more, not {most!r}.", value=most)
-    if manager.is_closed:
-        raise ManagerClosedError("The manager is closed. Make a new PipelineManager.")
     instruments = _instruments_of(meter_provider)
     observed = Observed(manager, name, most, instruments, tracer_provider)
     instruments.add(observed, manager)

@@ -7,12 +7,12 @@ loads took, is noted as it happens, on the manager's thread for events.
 from __future__ import annotations
 
 import bisect
-import os
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from ebbtide.errors import InputError, ManagerClosedError, MissingExtraError
+from ebbtide.errors import MissingExtraError
+from ebbtide.integrations.exported import BUCKETS, Exported, Exports
 from ebbtide.receipts import DisposalReceipt
 
 try:
@@ -31,13 +31,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from ebbtide.manager import ManagerEvent, ManagerStatus, PipelineManager, Subscription
-
-OTHER: Final = "other"
-"""The label of all pipelines together that have no series of their own."""
-
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
-"""Seconds of a load, from a small prepared model's to that of gigabytes on a slow disk."""
+    from ebbtide.manager import ManagerEvent, ManagerStatus, PipelineManager
 
 _GAUGES = (
     ("budget", "ebbtide_budget_bytes", "Anonymous memory that the whole process may hold."),
@@ -101,7 +95,7 @@ class _Record:
             self.unverified += not receipt.verified
 
 
-class Collection:
+class Collection(Exported):
     """A manager whose figures are exported, until `cancel`; made by `collect`.
 
     As a context manager it is cancelled at the end. A manager that is closed or collected is not
@@ -109,72 +103,24 @@ class Collection:
 
     Attributes:
         name: The value of the label ``manager``.
+        record: What was noted of its events.
     """
 
-    def __init__(self, manager: PipelineManager, name: str, most: int) -> None:
-        self.name = name
-        self._manager = weakref.ref(manager)
-        self._most = most
-        self._record = _Record()
-        self._process = 0
-        self._subscription: Subscription | None = None
-        self._is_cancelled = False
+    function = "collect"
+    kinds = ("loading", "waking", "ready", "sleeping", "disposed")
 
-    def _begin(self, manager: PipelineManager) -> None:
-        self._process = os.getpid()
-        self._record = _Record()
-        kinds = ("loading", "waking", "ready", "sleeping", "disposed")
-        self._subscription = manager.subscribe(self._record.hear, *kinds)
+    def _forget(self) -> None:
+        self.record = _Record()
 
-    def _status(self) -> ManagerStatus | None:
-        manager = None if self._is_cancelled else self._manager()
-        if manager is None or manager.is_closed:
-            return None
-        if self._process != os.getpid():  # after a fork nobody is told of events any more
-            self._begin(manager)
-        return manager.status()
-
-    def _is_of_another(self, manager: PipelineManager) -> bool:
-        """Whether it exports another manager than this one."""
-        mine = None if self._is_cancelled else self._manager()
-        return mine is not None and mine is not manager and not mine.is_closed
-
-    def cancel(self) -> None:
-        """Export it no more; a second time does nothing."""
-        self._is_cancelled = True
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            subscription.cancel()
-
-    def __enter__(self) -> Collection:
-        return self
-
-    def __exit__(self, *about: object) -> None:
-        self.cancel()
+    def _hear(self, event: ManagerEvent) -> None:
+        self.record.hear(event)
 
 
 Found = tuple[Collection, "ManagerStatus"]
 
 
-class ManagerCollector:
+class ManagerCollector(Exports[Collection]):
     """What a registry asks for the figures of all managers; there is one in each registry."""
-
-    def __init__(self) -> None:
-        self._collections: dict[str, Collection] = {}
-
-    def add(self, one: Collection, manager: PipelineManager) -> None:
-        """Export a manager, anew if it is already; an `InputError` says that its name is taken."""
-        before = self._collections.get(one.name)
-        if before is not None and before._is_of_another(manager):
-            raise InputError(
-                f"A manager is collected as {one.name!r} already. Give this one another name:"
-                " collect(manager, name=...).",
-                value=one.name,
-            )
-        self._collections[one.name] = one
-        if before is not None:
-            before.cancel()
-        one._begin(manager)
 
     def describe(self) -> Iterable[Metric]:
         """All metrics without a sample."""
@@ -182,13 +128,7 @@ class ManagerCollector:
 
     def collect(self) -> Iterable[Metric]:
         """All metrics of what there is now; none where there is no manager."""
-        found = []
-        for name, one in tuple(self._collections.items()):
-            status = one._status()
-            if status is not None:
-                found.append((one, status))
-            elif self._collections.get(name) is one:
-                del self._collections[name]
+        found = list(self.there())
         return _families(found) if found else ()
 
 
@@ -236,9 +176,7 @@ def _pipelines(found: list[Found]) -> Iterator[Metric]:
         labels=_labels("pipeline", "phase"),
     )
     for one, status in found:
-        there = [entry for entry in status.entries if entry.phase != "empty"]
-        named, rest = there[: one._most], there[one._most :]
-        for label, entries in [*((entry.key, [entry]) for entry in named), (OTHER, rest)]:
+        for label, entries in one.groups(status):
             size.add_metric([one.name, label], sum(entry.anonymous for entry in entries))
             mapped.add_metric([one.name, label], sum(entry.mapped for entry in entries))
             leases.add_metric([one.name, label], sum(entry.leases for entry in entries))
@@ -273,7 +211,7 @@ def _counters(found: list[Found]) -> Iterator[Metric]:
         labels=["manager"],
     )
     for one, status in found:
-        record = one._record
+        record = one.record
         leases.add_metric([one.name], sum(entry.uses for entry in status.entries))
         for by, count in record.released.items():
             released.add_metric([one.name, by], count)
@@ -289,7 +227,7 @@ def _seconds(found: list[Found]) -> Metric:
         labels=_labels("kind"),
     )
     for one, _ in found:
-        for kind, (counts, total) in one._record.loads.items():
+        for kind, (counts, total) in one.record.loads.items():
             until = [sum(counts[: at + 1]) for at in range(len(counts))]
             bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
             seconds.add_metric([one.name, kind], list(zip(bounds, until, strict=True)), total)
@@ -338,14 +276,10 @@ def collect(
         ...         registry.get_sample_value("ebbtide_budget_bytes", {"manager": "search"})
         1073741824
     """
-    if type(most) is not int or most < 0:
-        raise InputError(f"most takes a whole number, 0 or more, not {most!r}.", value=most)
-    if manager.is_closed:
-        raise ManagerClosedError("The manager is closed. Make a new PipelineManager.")
+    collection = Collection(manager, name, most)
     mine = ManagerCollector()
     collector = _collectors.setdefault(registry, mine)
     if collector is mine:
         registry.register(collector)
-    collection = Collection(manager, name, most)
     collector.add(collection, manager)
     return collection
