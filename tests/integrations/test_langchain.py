@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +15,8 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.vectorstores import InMemoryVectorStore
+from tests.integrations.chained import CHAT, EMBED, RANK, TEXTS, run_example
+from tests.integrations.served import MODELS
 
 import ebbtide
 from ebbtide.errors import InputError, OptionError, PipelineDisposedError
@@ -30,25 +27,6 @@ from ebbtide.integrations.langchain import (
     EbbtideEmbeddings,
     EbbtideReranker,
 )
-
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "tests" / "models"
-EMBED = str(MODELS / "tiny-bert-st")
-CHAT = str(MODELS / "gen-llama")
-RANK = str(MODELS / "bert" / "rank")
-TEXTS = ["the tide goes out", "bread is baked", "boats lie on their sides"]
-
-
-@pytest.fixture
-def manager() -> Iterator[ebbtide.PipelineManager]:
-    with ebbtide.PipelineManager("4 GiB", remember=False) as manager:
-        yield manager
-
-
-@pytest.fixture
-def write() -> Iterator[Any]:
-    with ebbtide.pipeline("text-generation", CHAT) as write:
-        yield write
 
 
 def test_embeddings_are_the_pipelines_vectors() -> None:
@@ -229,20 +207,4 @@ def test_a_cross_encoder_scores_as_the_reranker_does() -> None:
 
 
 def test_the_example_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "langchain_app" / "app.py")],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "src"),
-            "EMBED": EMBED,
-            "RANK": RANK,
-            "CHAT": CHAT,
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "budget" in done.stdout
-    assert "ResourceWarning" not in done.stderr
+    run_example("langchain_app")

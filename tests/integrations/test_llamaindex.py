@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,28 +16,11 @@ with warnings.catch_warnings():
     from llama_index.core.llms import ChatMessage
     from llama_index.core.schema import NodeWithScore, TextNode
 
+from tests.integrations.chained import CHAT, EMBED, RANK, TEXTS, run_example
+
 import ebbtide
 from ebbtide.errors import InputError
 from ebbtide.integrations.llamaindex import EbbtideEmbedding, EbbtideLLM, EbbtideRerank
-
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "tests" / "models"
-EMBED = str(MODELS / "tiny-bert-st")
-CHAT = str(MODELS / "gen-llama")
-RANK = str(MODELS / "bert" / "rank")
-TEXTS = ["the tide goes out", "bread is baked", "boats lie on their sides"]
-
-
-@pytest.fixture
-def manager() -> Iterator[ebbtide.PipelineManager]:
-    with ebbtide.PipelineManager("4 GiB", remember=False) as manager:
-        yield manager
-
-
-@pytest.fixture
-def write() -> Iterator[Any]:
-    with ebbtide.pipeline("text-generation", CHAT) as write:
-        yield write
 
 
 def test_embeddings_are_the_pipelines_vectors() -> None:
@@ -132,19 +110,4 @@ def test_a_reranker_keeps_the_best_with_their_scores(manager: ebbtide.PipelineMa
 
 
 def test_the_example_runs() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "llamaindex_app" / "app.py")],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "src"),
-            "EMBED": EMBED,
-            "RANK": RANK,
-            "CHAT": CHAT,
-        },
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "budget" in done.stdout
+    run_example("llamaindex_app")

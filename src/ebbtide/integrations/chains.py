@@ -9,7 +9,9 @@ import contextlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, Field, PrivateAttr
 
 from ebbtide.errors import InputError
 from ebbtide.factory import Model, checked
@@ -63,6 +65,40 @@ class Source:
             return str(self._asked[1] or "default")
         return str(getattr(self._source, "model", "unknown"))
 
+    def embed(self, texts: Sequence[str], call: Mapping[str, Any]) -> list[list[float]]:
+        """One vector a text.
+
+        Raises:
+            InputError: The model gives one a token.
+        """
+        if not texts:
+            return []
+        with self.lend() as pipe:
+            return _rows(pipe(list(texts), **call))
+
+    async def aembed(self, texts: Sequence[str], call: Mapping[str, Any]) -> list[list[float]]:
+        """The same as `embed`, without blocking the event loop."""
+        if not texts:
+            return []
+        async with self.lend() as pipe:
+            return _rows(await pipe.acall(list(texts), **call))
+
+    def rank(self, query: str, texts: Sequence[str], top: int | None) -> list[tuple[int, float]]:
+        """Which texts answer a query best, and their scores; the best first."""
+        if not texts:
+            return []
+        with self.lend() as pipe:
+            return _places(pipe.rank(query, texts, top_k=top))
+
+    async def arank(
+        self, query: str, texts: Sequence[str], top: int | None
+    ) -> list[tuple[int, float]]:
+        """The same as `rank`, without blocking the event loop."""
+        if not texts:
+            return []
+        async with self.lend() as pipe:
+            return _places(await pipe.arank(query, texts, top_k=top))
+
     def lend(self) -> Any:
         """The pipeline for one call: a context manager, sync and async."""
         if isinstance(self._source, PipelineManager):
@@ -71,12 +107,25 @@ class Source:
         return contextlib.nullcontext(self._source)
 
 
-def rows(vectors: Any) -> list[list[float]]:
-    """One vector a text, as plain lists.
+class Fields(BaseModel):
+    """Fields of an interface that the library makes of pydantic's models; see `Source`."""
 
-    Raises:
-        InputError: There is one a token.
-    """
+    task: ClassVar[str]
+    """What its pipeline has to do."""
+
+    source: Any = Field(exclude=True, repr=False)
+    model: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    _from: Source = PrivateAttr()
+
+    def __init__(self, **fields: Any) -> None:
+        """Take the attributes, by name, and those of the library's own."""
+        super().__init__(**fields)
+        where = type(self).__name__
+        self._from = Source(where, self.task, self.source, self.model, self.options)
+
+
+def _rows(vectors: Any) -> list[list[float]]:
     if vectors.ndim != 2:
         raise InputError(
             "This model does not say how its token vectors become one for a text. Add"
@@ -85,6 +134,10 @@ def rows(vectors: Any) -> list[list[float]]:
         )
     found: list[list[float]] = vectors.astype("float64").tolist()
     return found
+
+
+def _places(ranked: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    return [(one["corpus_id"], float(one["score"])) for one in ranked]
 
 
 def tool_calls(message: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ebbtide.errors import MissingExtraError
-from ebbtide.integrations.chains import Cut, Source, generation, rows, tool_calls
 
 try:
     from langchain_core.cross_encoders import BaseCrossEncoder
@@ -25,7 +24,9 @@ try:
     from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_openai_messages
     from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
     from langchain_core.utils.function_calling import convert_to_openai_tool
-    from pydantic import Field, PrivateAttr
+    from pydantic import Field
+
+    from ebbtide.integrations.chains import Cut, Fields, Source, generation, tool_calls
 except ImportError as error:
     raise MissingExtraError(
         "Ebbtide's interfaces for LangChain need langchain-core, which is not installed:"
@@ -76,34 +77,23 @@ class EbbtideEmbeddings(Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """One vector a document."""
-        return self._embed([self._document_prompt + text for text in texts])
+        return self._source.embed([self._document_prompt + text for text in texts], self._call)
 
     def embed_query(self, text: str) -> list[float]:
         """The vector of a query."""
-        return self._embed([self._query_prompt + text])[0]
+        return self._source.embed([self._query_prompt + text], self._call)[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """The same as `embed_documents`, without blocking the event loop."""
-        return await self._aembed([self._document_prompt + text for text in texts])
+        prompted = [self._document_prompt + text for text in texts]
+        return await self._source.aembed(prompted, self._call)
 
     async def aembed_query(self, text: str) -> list[float]:
         """The same as `embed_query`, without blocking the event loop."""
-        return (await self._aembed([self._query_prompt + text]))[0]
-
-    def _embed(self, texts: list[str]) -> list[list[float]]:
-        if not texts:
-            return []
-        with self._source.lend() as pipe:
-            return rows(pipe(texts, **self._call))
-
-    async def _aembed(self, texts: list[str]) -> list[list[float]]:
-        if not texts:
-            return []
-        async with self._source.lend() as pipe:
-            return rows(await pipe.acall(texts, **self._call))
+        return (await self._source.aembed([self._query_prompt + text], self._call))[0]
 
 
-class EbbtideChat(BaseChatModel):
+class EbbtideChat(Fields, BaseChatModel):
     """A chat model; it streams, and asks for tools where its model's format for them is known.
 
     Attributes:
@@ -125,16 +115,9 @@ class EbbtideChat(BaseChatModel):
         'length'
     """
 
-    source: Any = Field(exclude=True, repr=False)
-    model: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    call_options: dict[str, Any] = Field(default_factory=dict)
-    _from: Source = PrivateAttr()
+    task = "text-generation"
 
-    def __init__(self, **fields: Any) -> None:
-        """Take the attributes, by name."""
-        super().__init__(**fields)
-        self._from = Source("EbbtideChat", "text-generation", self.source, self.model, self.options)
+    call_options: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def _llm_type(self) -> str:
@@ -252,7 +235,7 @@ class EbbtideCrossEncoder(BaseCrossEncoder):
             return [float(one["score"]) for one in pipe([tuple(pair) for pair in text_pairs])]
 
 
-class EbbtideReranker(BaseDocumentCompressor):
+class EbbtideReranker(Fields, BaseDocumentCompressor):
     """Documents ordered by how well they answer a query, by a cross-encoder.
 
     Each that is kept has its ``relevance_score`` in its metadata.
@@ -272,52 +255,31 @@ class EbbtideReranker(BaseDocumentCompressor):
         1
     """
 
-    source: Any = Field(exclude=True, repr=False)
-    model: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    top_n: int | None = 3
-    _from: Source = PrivateAttr()
+    task = "text-classification"
 
-    def __init__(self, **fields: Any) -> None:
-        """Take the attributes, by name."""
-        super().__init__(**fields)
-        self._from = Source(
-            "EbbtideReranker", "text-classification", self.source, self.model, self.options
-        )
+    top_n: int | None = 3
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Any = None
     ) -> Sequence[Document]:
         """The best documents, the best first."""
-        if not documents:
-            return []
-        with self._from.lend() as pipe:
-            ranked = pipe.rank(query, [one.page_content for one in documents], top_k=self.top_n)
-        return _ordered(documents, ranked)
+        texts = [one.page_content for one in documents]
+        return _ordered(documents, self._from.rank(query, texts, self.top_n))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Any = None
     ) -> Sequence[Document]:
         """The same as `compress_documents`, without blocking the event loop."""
-        if not documents:
-            return []
-        async with self._from.lend() as pipe:
-            texts = [one.page_content for one in documents]
-            ranked = await pipe.arank(query, texts, top_k=self.top_n)
-        return _ordered(documents, ranked)
+        texts = [one.page_content for one in documents]
+        return _ordered(documents, await self._from.arank(query, texts, self.top_n))
 
 
-def _ordered(documents: Sequence[Document], ranked: Sequence[Mapping[str, Any]]) -> list[Document]:
+def _ordered(documents: Sequence[Document], ranked: list[tuple[int, float]]) -> list[Document]:
     return [
-        documents[one["corpus_id"]].model_copy(
-            update={
-                "metadata": {
-                    **documents[one["corpus_id"]].metadata,
-                    "relevance_score": float(one["score"]),
-                }
-            }
+        documents[place].model_copy(
+            update={"metadata": {**documents[place].metadata, "relevance_score": score}}
         )
-        for one in ranked
+        for place, score in ranked
     ]
 
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ebbtide.errors import MissingExtraError
-from ebbtide.integrations.chains import Source, generation, rows, tool_calls
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -30,11 +29,13 @@ try:
         LLMMetadata,
         MessageRole,
     )
-    from llama_index.core.bridge.pydantic import Field, PrivateAttr
+    from llama_index.core.bridge.pydantic import Field
     from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
     from llama_index.core.llms.custom import CustomLLM
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+    from ebbtide.integrations.chains import Fields, generation, tool_calls
 except ImportError as error:
     raise MissingExtraError(
         "Ebbtide's interfaces for LlamaIndex need llama-index-core, which is not installed:"
@@ -43,7 +44,7 @@ except ImportError as error:
     ) from error
 
 
-class EbbtideEmbedding(BaseEmbedding):
+class EbbtideEmbedding(Fields, BaseEmbedding):
     """Vectors of texts.
 
     Attributes:
@@ -66,20 +67,15 @@ class EbbtideEmbedding(BaseEmbedding):
         32
     """
 
-    source: Any = Field(exclude=True, repr=False)
-    model: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    task = "feature-extraction"
+
     call_options: dict[str, Any] = Field(default_factory=dict)
     query_prompt: str = ""
     text_prompt: str = ""
-    _from: Source = PrivateAttr()
 
     def __init__(self, **fields: Any) -> None:
         """Take the attributes, by name, and those of every embedding of LlamaIndex's."""
         super().__init__(**fields)
-        self._from = Source(
-            "EbbtideEmbedding", "feature-extraction", self.source, self.model, self.options
-        )
         if "model_name" not in fields:
             self.model_name = self._from.model
 
@@ -88,34 +84,27 @@ class EbbtideEmbedding(BaseEmbedding):
         """The name under which LlamaIndex knows it."""
         return "EbbtideEmbedding"
 
-    def _embed(self, texts: Sequence[str]) -> list[list[float]]:
-        with self._from.lend() as pipe:
-            return rows(pipe(list(texts), **self.call_options))
-
-    async def _aembed(self, texts: Sequence[str]) -> list[list[float]]:
-        async with self._from.lend() as pipe:
-            return rows(await pipe.acall(list(texts), **self.call_options))
-
     def _get_query_embedding(self, query: str) -> list[float]:
-        return self._embed([self.query_prompt + query])[0]
+        return self._from.embed([self.query_prompt + query], self.call_options)[0]
 
     def _get_text_embedding(self, text: str) -> list[float]:
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return self._embed([self.text_prompt + text for text in texts])
+        return self._from.embed([self.text_prompt + text for text in texts], self.call_options)
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return (await self._aembed([self.query_prompt + query]))[0]
+        return (await self._from.aembed([self.query_prompt + query], self.call_options))[0]
 
     async def _aget_text_embedding(self, text: str) -> list[float]:
         return (await self._aget_text_embeddings([text]))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return await self._aembed([self.text_prompt + text for text in texts])
+        prompted = [self.text_prompt + text for text in texts]
+        return await self._from.aembed(prompted, self.call_options)
 
 
-class EbbtideLLM(CustomLLM):
+class EbbtideLLM(Fields, CustomLLM):
     """A language model that completes texts and chats, whole or in pieces.
 
     Attributes:
@@ -138,19 +127,12 @@ class EbbtideLLM(CustomLLM):
         True
     """
 
-    source: Any = Field(exclude=True, repr=False)
-    model: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    task = "text-generation"
+
     call_options: dict[str, Any] = Field(default_factory=dict)
     context_window: int = 2048
     max_new_tokens: int = 256
     is_chat: bool = True
-    _from: Source = PrivateAttr()
-
-    def __init__(self, **fields: Any) -> None:
-        """Take the attributes, by name, and those of every model of LlamaIndex's."""
-        super().__init__(**fields)
-        self._from = Source("EbbtideLLM", "text-generation", self.source, self.model, self.options)
 
     @classmethod
     def class_name(cls) -> str:
@@ -264,7 +246,7 @@ class EbbtideLLM(CustomLLM):
         return pieces()
 
 
-class EbbtideRerank(BaseNodePostprocessor):
+class EbbtideRerank(Fields, BaseNodePostprocessor):
     """Nodes ordered by how well they answer a query, by a cross-encoder.
 
     Attributes:
@@ -277,18 +259,9 @@ class EbbtideRerank(BaseNodePostprocessor):
         InputError: The source is none.
     """
 
-    source: Any = Field(exclude=True, repr=False)
-    model: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    top_n: int | None = 3
-    _from: Source = PrivateAttr()
+    task = "text-classification"
 
-    def __init__(self, **fields: Any) -> None:
-        """Take the attributes, by name."""
-        super().__init__(**fields)
-        self._from = Source(
-            "EbbtideRerank", "text-classification", self.source, self.model, self.options
-        )
+    top_n: int | None = 3
 
     @classmethod
     def class_name(cls) -> str:
@@ -300,20 +273,16 @@ class EbbtideRerank(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if query_bundle is None or not nodes:
             return nodes
-        with self._from.lend() as pipe:
-            return _ordered(
-                nodes, pipe.rank(query_bundle.query_str, _texts(nodes), top_k=self.top_n)
-            )
+        ranked = self._from.rank(query_bundle.query_str, _texts(nodes), self.top_n)
+        return _ordered(nodes, ranked)
 
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         if query_bundle is None or not nodes:
             return nodes
-        async with self._from.lend() as pipe:
-            return _ordered(
-                nodes, await pipe.arank(query_bundle.query_str, _texts(nodes), top_k=self.top_n)
-            )
+        ranked = await self._from.arank(query_bundle.query_str, _texts(nodes), self.top_n)
+        return _ordered(nodes, ranked)
 
 
 def _texts(nodes: Sequence[NodeWithScore]) -> list[str]:
@@ -321,12 +290,9 @@ def _texts(nodes: Sequence[NodeWithScore]) -> list[str]:
 
 
 def _ordered(
-    nodes: Sequence[NodeWithScore], ranked: Sequence[Mapping[str, Any]]
+    nodes: Sequence[NodeWithScore], ranked: list[tuple[int, float]]
 ) -> list[NodeWithScore]:
-    return [
-        NodeWithScore(node=nodes[one["corpus_id"]].node, score=float(one["score"]))
-        for one in ranked
-    ]
+    return [NodeWithScore(node=nodes[place].node, score=score) for place, score in ranked]
 
 
 def _about(piece: Any) -> dict[str, Any]:
