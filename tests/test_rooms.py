@@ -15,6 +15,7 @@ RANKS = {
     "cancellation": 0,
     "settings": 0,
     "lifecycle": 0,
+    "process_end": 0,
     "receipts": 0,
     "memory": 1,
     "runtime": 2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack, get_args, overload
 
 from ebbtide import hub
-from ebbtide._settings import Prepare, settings
+from ebbtide._settings import Prepare
 from ebbtide.cancellation import CancelToken, patiently
 from ebbtide.errors import InputError, PipelineCancelledError, unknown_option
 from ebbtide.hub import HubOptions, Progress, ProgressEvent
@@ -28,6 +27,7 @@ from ebbtide.models.loading import LoadOptions
 from ebbtide.models.onnx_files import ByFile, ExternalData
 from ebbtide.models.tokenizer import TOKENIZER_FILES
 from ebbtide.pipelines import Pipeline, Task, find
+from ebbtide.process_end import at_end
 from ebbtide.runtime import Job, SessionOptions, native_threads
 from ebbtide.runtime.prepare import copy_of
 
@@ -349,7 +349,7 @@ def _prepare(
     listener, hub_options, load_options = _understood(where, options)
     named = "the default model" if model is None else str(model)
     label = f"The {chosen.name} pipeline over {named}"
-    _start()
+    start()
     if options.get("isolate"):
         return _apart(chosen, model, options, label, site or creation_site(), listener)
     lifecycle = Lifecycle(label, reaper, site or creation_site())
@@ -585,13 +585,14 @@ def creation_site() -> tuple[str, int]:
     return frame.f_code.co_filename, frame.f_lineno
 
 
-_started = False
+_started = 0
+"""The process whose end is minded; a forked child minds its own."""
 
 
-def _start() -> None:
+def start() -> None:
     """Have the threads running before anything exists that a finalizer could want disposed."""
     global _started
-    if not _started:
-        _started = True
-        atexit.register(lambda: end_of_process(settings.exit_timeout))
+    if _started != os.getpid():
+        _started = os.getpid()
+        at_end(end_of_process)
     reaper.start()

@@ -564,9 +564,9 @@ def dispose_all(
     return receipts
 
 
-def end_of_process(timeout: float) -> None:
+def end_of_process() -> None:
     """Dispose what is left when the interpreter exits, cancelling what still runs."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + settings.exit_timeout
     gates = []
     for lifecycle in tuple(_live.values()):
         if lifecycle.state is State.INHERITED:
@@ -579,7 +579,7 @@ def end_of_process(timeout: float) -> None:
 
 
 _fork_hooks: list[Callable[[], None]] = []
-_inherited: list[Lifecycle] = []
+inherited: list[Lifecycle] = []  # what a forked process has from before its fork
 
 
 def on_fork(hook: Callable[[], None]) -> None:
@@ -588,9 +588,9 @@ def on_fork(hook: Callable[[], None]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    _inherited.extend(_live.values())
+    inherited.extend(_live.values())
     _live.clear()
-    for lifecycle in _inherited:
+    for lifecycle in inherited:
         lifecycle.inherit()
     for hook in _fork_hooks:
         hook()

@@ -26,7 +26,7 @@ CHILD = """
 import multiprocessing, os, sys
 from pathlib import Path
 import ebbtide
-from ebbtide.integrations.multiprocessing import dispose_at_exit, load, loaded
+from ebbtide.integrations.multiprocessing import load, loaded
 from ebbtide.receipts import DisposalReceipt
 import ebbtide.lifecycle
 
@@ -41,10 +41,15 @@ def noted(life, receipt, **more):
 ebbtide.lifecycle.Lifecycle.finish = noted
 
 def alone(code):
-    dispose_at_exit()
     pipe = ebbtide.pipeline("feature-extraction", MODEL)
     assert len(pipe("the tide")) == 1
     sys.exit(code)
+
+def managed():
+    from ebbtide.integrations.per_process import ProcessPipelines
+    pipelines = ProcessPipelines(remember=False, on_close=lambda told: print(*told, flush=True))
+    with pipelines.acquire("feature-extraction", MODEL) as pipe:
+        assert len(pipe("the tide")) == 1
 
 def failing():
     load("feature-extraction", MODEL)
@@ -134,6 +139,39 @@ print(child.exitcode)
 
 
 @pytest.mark.parametrize("start", STARTS)
+def test_a_childs_manager_is_closed_before_its_pipelines_go(programs: Programs, start: str) -> None:
+    said = programs.run(
+        """
+child = context.Process(target=managed)
+child.start()
+child.join()
+print(child.exitcode)
+""",
+        start,
+    )
+    assert said.splitlines()[0].startswith("feature-extraction")
+    assert said.splitlines()[1:] == ["0"]
+    assert len(programs.receipts()) == 1
+
+
+def test_a_forked_child_whose_parent_has_used_pipelines_disposes_its_own(
+    programs: Programs,
+) -> None:
+    said = programs.run(
+        """
+with ebbtide.pipeline("feature-extraction", MODEL):
+    pass
+child = context.Process(target=alone, args=(0,))
+child.start()
+child.join()
+print(os.getpid(), child.pid)
+""",
+        "fork",
+    )
+    assert [one.split()[0] for one in programs.receipts()] == said.split()
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_the_processes_of_an_executor_dispose_theirs(programs: Programs, start: str) -> None:
     said = programs.run(
         """
@@ -160,6 +198,25 @@ with context.Pool(1, load, ("feature-extraction", MODEL), maxtasksperchild=1) as
     used = [pool.apply(process, ("the tide",)) for _ in range(2)]
     pool.close()
     pool.join()
+print(*used)
+""",
+        start,
+    )
+    used = said.split()
+    assert len(set(used)) == 2
+    assert set(used) <= {one.split()[0] for one in programs.receipts()}
+
+
+@pytest.mark.parametrize("start", ["forkserver", "spawn"])  # a pool that forks recycles none
+def test_the_processes_of_an_executor_dispose_theirs_when_they_are_recycled(
+    programs: Programs, start: str
+) -> None:
+    said = programs.run(
+        """
+with ProcessPoolExecutor(
+    1, context, load, ("feature-extraction", MODEL), max_tasks_per_child=1
+) as pool:
+    used = [pool.submit(process, "the tide").result() for _ in range(2)]
 print(*used)
 """,
         start,
@@ -214,9 +271,7 @@ def test_a_second_load_takes_the_place_of_the_first() -> None:
 def test_a_process_without_one_says_what_a_pool_needs(fresh_process: FreshProcess) -> None:
     said = fresh_process("""
         from ebbtide.errors import InputError
-        from ebbtide.integrations.multiprocessing import dispose_at_exit, loaded
-        dispose_at_exit()
-        dispose_at_exit()
+        from ebbtide.integrations.multiprocessing import loaded
         try:
             loaded()
         except InputError as error:

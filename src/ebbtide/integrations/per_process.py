@@ -6,7 +6,6 @@ fork need nothing else, since a manager has nothing loaded after a fork.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from ebbtide.manager.manager import PipelineManager
 from ebbtide.manager.policy import Policy
 from ebbtide.manager.values import Bytes, Seconds
 from ebbtide.memory.monitor import PressureEvent
+from ebbtide.process_end import at_end
 from ebbtide.receipts import DisposalReceipt
 
 log = logging.getLogger("ebbtide.integrations")
@@ -121,9 +121,9 @@ class ProcessPipelines:
             mine = PipelineManager(**self._options)
             if self._made.setdefault(_OWN, mine) is not mine:
                 mine.close()  # another thread was first
-        factory._start()  # it registers what disposes the rest, which is to run after `close`
+        factory.start()  # it registers what disposes the rest, which is to run after `close`
         _used[self] = None
-        atexit.register(self.close)
+        at_end(self.close)
         self._process = os.getpid()
 
     def acquire(
@@ -187,7 +187,7 @@ def end_of_worker() -> list[str]:
 def inherited() -> str:
     """What a forked process has from before its fork and cannot use, in words; empty for none."""
     made = [
-        f"{life.label} (made at {':'.join(map(str, life.site))})" for life in lifecycle._inherited
+        f"{life.label} (made at {':'.join(map(str, life.site))})" for life in lifecycle.inherited
     ]
     if not made:
         return ""
