@@ -1,4 +1,7 @@
-"""Search by meaning in Gradio. Run it with: python examples/gradio_app/app.py."""
+"""Search by meaning in Gradio. Run it with: python examples/gradio_app/app.py.
+
+Or with: gradio examples/gradio_app/app.py, which reads it again at each change of the file.
+"""
 
 import os
 import signal
@@ -10,7 +13,8 @@ from ebbtide.integrations.gradio import SharedPipeline
 MODEL = os.environ.get("MODEL", "sentence-transformers/all-MiniLM-L6-v2")
 LINES = ["The tide goes out.", "The boats lie on their sides.", "Bread is baked at four."]
 
-embed = SharedPipeline("feature-extraction", MODEL)
+if gr.NO_RELOAD:  # a changed file is read again, and the pipeline stays
+    embed = SharedPipeline("feature-extraction", MODEL)
 
 
 def search(query: str) -> str:
@@ -25,6 +29,6 @@ with gr.Blocks(title="Search by meaning") as demo:
     answer = gr.Textbox(label="The nearest", lines=3)
     query.submit(search, query, answer, api_name="search")
 
-if __name__ == "__main__":
+if __name__ == "__main__" and gr.NO_RELOAD:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Gradio itself minds Ctrl-C alone
     demo.launch(app_kwargs={"lifespan": embed.lifespan})

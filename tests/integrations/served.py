@@ -36,6 +36,22 @@ def write_receipts(receipts):
 """For the tests' applications: a line for each process whose manager is closed."""
 
 
+NOTED = """
+import os
+from ebbtide.lifecycle import Lifecycle
+
+finish = Lifecycle.finish
+
+def noted(life, receipt, **more):
+    with open(os.environ["NOTED"], "a") as file:
+        file.write(f"{receipt}\\n")
+    finish(life, receipt, **more)
+
+Lifecycle.finish = noted
+"""
+"""For programs of the tests' that have no manager: a line for each pipeline that is disposed."""
+
+
 def until(holds: Callable[[], Any], what: str) -> Any:
     """Wait for a condition; the first true value."""
     deadline = time.monotonic() + PATIENCE
@@ -44,6 +60,25 @@ def until(holds: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         pause.wait(0.02)
     return found
+
+
+def rewritten_until(file: Path, holds: Callable[[], Any], what: str) -> Any:
+    """Change a file until a reloader has noticed: it may not be looking yet when its app answers.
+
+    Returns:
+        The first true value of ``holds``.
+    """
+    changed = 0.0
+
+    def noticed() -> Any:
+        nonlocal changed
+        if not (found := holds()) and time.monotonic() - changed > 2:
+            changed = time.monotonic()
+            with file.open("a") as code:
+                code.write("\n# changed\n")
+        return found
+
+    return until(noticed, what)
 
 
 def free_port() -> int:

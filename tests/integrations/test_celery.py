@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("celery")
 
 from celery import signals
+from celery.exceptions import WorkerLostError
 from tests.integrations.served import MODEL, ROOT, WRITE_RECEIPTS, Served, until
 
 import ebbtide
@@ -23,8 +24,10 @@ from ebbtide.integrations.celery import Pipelines
 MORE = (
     WRITE_RECEIPTS
     + """
-from tasks import app, pipelines as example, Pipelines
+import signal
+from tasks import app, Pipelines
 
+app.conf.worker_lost_wait = 0.1  # seconds until a child that was killed is given up; else ten
 pipelines = Pipelines(on_close=write_receipts, remember=False)
 
 if os.environ.get("BEFORE"):
@@ -35,6 +38,11 @@ def embed(text):
     with pipelines.acquire("feature-extraction", os.environ["MODEL"]) as pipe:
         return {"width": pipe(text, pooling="mean").shape[1], "pid": os.getpid()}
 
+@app.task(name="killed")
+def killed(text):
+    embed(text)
+    os.kill(os.getpid(), signal.SIGKILL)
+
 @app.task(name="before")
 def before(text):
     try:
@@ -43,6 +51,10 @@ def before(text):
         return {"error": str(error)}
 """
 )
+
+
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 1, signal.SIGQUIT: 0}
+"""As Celery itself ends."""
 
 
 @pytest.fixture
@@ -93,14 +105,39 @@ def test_a_child_that_is_recycled_disposes_what_it_has(folder: Path, ask: Any) -
         assert all(line["live"] == 0 for line in server.receipts)
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("pool", ["solo", "threads"])
-def test_a_pool_without_children_disposes_what_it_has(folder: Path, ask: Any, pool: str) -> None:
+def test_a_pool_without_children_disposes_what_it_has(
+    folder: Path, ask: Any, pool: str, how: signal.Signals
+) -> None:
     with work(folder, "more", "--pool", pool, "--concurrency", "2") as server:
         assert ask("embed") == {"width": 32, "pid": server.process.pid}
-        assert server.stop(signal.SIGTERM) == 0, server.output
+        assert server.stop(how) == EXIT_CODES[how], server.output
         (line,) = server.receipts
         assert (line["pid"], line["live"]) == (server.process.pid, 0)
         assert list(line["receipts"].values()) == [True]
+
+
+def test_a_child_that_is_killed_in_a_task_is_replaced_and_the_next_disposes_what_it_has(
+    folder: Path, ask: Any
+) -> None:
+    with work(folder, "more", "--concurrency", "1") as server:
+        killed = ask("embed")["pid"]
+        with pytest.raises(WorkerLostError):
+            ask("killed")
+        following = ask("embed")["pid"]
+        assert following != killed
+        assert server.stop(signal.SIGTERM) == 0, server.output
+        (line,) = server.receipts
+        assert (line["pid"], line["live"]) == (following, 0)
+
+
+def test_a_worker_that_is_to_quit_at_once_ends_its_children(folder: Path, ask: Any) -> None:
+    with work(folder, "more", "--concurrency", "1") as server:
+        child = ask("embed")["pid"]
+        assert server.stop(signal.SIGQUIT) == EXIT_CODES[signal.SIGQUIT], server.output
+        (line,) = server.receipts
+        assert (line["pid"], line["live"]) == (child, 0)
 
 
 def test_what_was_made_before_the_fork_says_so_and_every_process_ends(

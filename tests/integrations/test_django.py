@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("django")
 
-from tests.integrations.served import MODEL, ROOT, WRITE_RECEIPTS, Served, until
+from tests.integrations.served import MODEL, ROOT, WRITE_RECEIPTS, Served, rewritten_until, until
 
 import ebbtide
 
@@ -25,6 +25,12 @@ urlpatterns = [*urlpatterns, path("pid", lambda request: views.JsonResponse({"pi
 ROOT_URLCONF = "receipts"
 """
 )
+
+
+AS_CTRL_C = """
+import signal
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+"""
 
 
 @pytest.fixture
@@ -54,12 +60,21 @@ def test_runserver_disposes_what_it_has_when_it_is_interrupted(folder: Path) -> 
         assert list(line["receipts"].values()) == [True]
 
 
+def test_sigterm_ends_runserver_as_ctrl_c_where_the_project_says_so(folder: Path) -> None:
+    (folder / "manage.py").write_text(AS_CTRL_C + (folder / "manage.py").read_text())
+    with serve(folder, "manage", "runserver", "{port}", "--noreload") as server:
+        use(server)
+        assert server.stop(signal.SIGTERM) == 0, server.output
+        (line,) = server.receipts
+        assert line["live"] == 0
+
+
 def test_a_changed_file_has_the_pipelines_of_the_old_process_disposed(folder: Path) -> None:
     with serve(folder, "manage", "runserver", "{port}") as server:
         first = use(server)
         assert first != server.process.pid
-        (folder / "views.py").write_text((folder / "views.py").read_text() + "\n# changed\n")
-        (line,) = until(lambda: server.receipts, "the receipts of the first process")
+        receipts = "the receipts of the first process"
+        (line,) = rewritten_until(folder / "views.py", lambda: server.receipts, receipts)
         assert (line["pid"], line["live"], len(line["receipts"])) == (first, 0, 1)
         until(lambda: server.replaced("/pid", first), "the next process")
         assert use(server) != first

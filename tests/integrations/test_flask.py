@@ -12,7 +12,15 @@ import pytest
 pytest.importorskip("flask")
 
 from flask import Flask, Response
-from tests.integrations.served import MODEL, ROOT, WRITE_RECEIPTS, WRITER, Served, until
+from tests.integrations.served import (
+    MODEL,
+    ROOT,
+    WRITE_RECEIPTS,
+    WRITER,
+    Served,
+    rewritten_until,
+    until,
+)
 
 import ebbtide
 from ebbtide.errors import OptionError
@@ -35,6 +43,12 @@ def embed():
 )
 
 
+AS_CTRL_C = """
+import signal
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "app.py").write_text(APP)
@@ -50,12 +64,24 @@ def test_the_development_server_disposes_what_it_has_when_it_is_interrupted(fold
         assert list(line["receipts"].values()) == [True]
 
 
+def test_sigterm_ends_the_development_server_as_ctrl_c_where_the_application_says_so(
+    folder: Path,
+) -> None:
+    (folder / "app.py").write_text(APP + AS_CTRL_C)
+    with Served(folder, "flask", "run", "--port", "{port}") as server:
+        assert server.get("/embed")["width"] == 32
+        assert server.stop(signal.SIGTERM) == 0, server.output
+        (line,) = server.receipts
+        assert line["live"] == 0
+
+
 def test_a_changed_file_has_the_pipelines_of_the_old_process_disposed(folder: Path) -> None:
+    (folder / "watchdog.py").write_text("raise ImportError")  # its watches are few in containers
     with Served(folder, "flask", "run", "--port", "{port}", "--debug") as server:
         first = server.get("/embed")["pid"]
         assert first != server.process.pid
-        (folder / "app.py").write_text(APP + "\n# changed\n")
-        (line,) = until(lambda: server.receipts, "the receipts of the first process")
+        receipts = "the receipts of the first process"
+        (line,) = rewritten_until(folder / "app.py", lambda: server.receipts, receipts)
         assert (line["pid"], line["live"], len(line["receipts"])) == (first, 0, 1)
         until(lambda: server.replaced("/embed", first), "the next process")
         server.stop(signal.SIGINT, group=True)  # as Ctrl-C does; its parent kills it soon

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import re
@@ -27,6 +28,8 @@ with warnings.catch_warnings():
 
     gc.collect()
 
+from tests.integrations.served import NOTED, until
+
 import ebbtide
 from ebbtide.errors import InputError, OptionError, PipelineDisposedError
 from ebbtide.integrations.gradio import SessionPipelines, SharedPipeline
@@ -43,9 +46,11 @@ QUIET = {"prevent_thread_lock": True, "quiet": True, "server_name": "127.0.0.1"}
 @pytest.fixture(autouse=True)
 def _at_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "yes")  # it hears of a closed tab at once, not in 15 s
     yield
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Gradio's servers leave event loops and sockets behind
+        warnings.simplefilter("ignore")  # Gradio leaves event loops behind, one set for this thread
+        asyncio.set_event_loop(None)
         gc.collect()
 
 
@@ -181,6 +186,57 @@ Lifecycle.finish = noted
 runpy.run_path(sys.argv[1], run_name="__main__")
 print("live", ebbtide.live(), flush=True)
 """
+
+
+def test_a_file_that_is_changed_under_gradios_reload_keeps_its_pipeline(tmp_path: Path) -> None:
+    script, noted = tmp_path / "watched" / "app.py", tmp_path / "receipts"
+    script.parent.mkdir()
+    script.write_text(f"import noted\n{EXAMPLE.read_text()}")
+    (tmp_path / "noted.py").write_text(NOTED)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", "from gradio.cli import cli; cli()", str(script)],
+        cwd=script.parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)]),
+            "MODEL": MODEL,
+            "NOTED": str(noted),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"http://\S+", line):
+                break
+        else:
+            pytest.fail(said)
+
+        def answer() -> str:
+            client = Client(found[0], verbose=False)
+            try:
+                return str(client.predict("low water", api_name="/search"))
+            finally:
+                client.close()
+
+        assert "Bread is baked at four." in answer()
+        script.write_text(script.read_text().replace("at four", "at five"))
+        until(lambda: "Bread is baked at five." in answer(), "the changed file")
+        assert not noted.exists()
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+        said += process.stdout.read()
+        assert process.wait(LIMIT) == 0, said
+        (receipt,) = noted.read_text().splitlines()
+        assert receipt.startswith("released")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -21,7 +23,7 @@ from ebbtide.integrations.gunicorn import post_fork, worker_exit
 """
 
 APP = """
-import json, os
+import json, os, threading
 import ebbtide
 
 MADE_BEFORE = ebbtide.pipeline("feature-extraction", os.environ["MODEL"])
@@ -29,6 +31,8 @@ own = []
 
 def app(environ, start_response):
     try:
+        if environ["PATH_INFO"] == "/hang":
+            threading.Event().wait()
         if environ["PATH_INFO"] == "/inherited":
             pipe = MADE_BEFORE
         else:
@@ -57,7 +61,7 @@ def disposals(server: Served) -> int:
     return server.output.count("(verified)")
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_an_inherited_pipeline_says_so_and_every_process_ends_normally(
     folder: Path, how: signal.Signals
 ) -> None:
@@ -89,6 +93,30 @@ def test_a_worker_that_is_recycled_disposes_what_it_has(folder: Path) -> None:
         assert len(pids) == 2
         until(lambda: disposals(server) == 2, "the receipts of both workers")
         assert server.stop() == 0, server.output
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread"])
+def test_a_worker_that_is_killed_is_replaced_and_the_next_disposes_what_it_has(
+    folder: Path, kind: str
+) -> None:
+    with serve(folder, "--worker-class", kind) as server:
+        killed = server.get("/own")["pid"]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: server.replaced("/own", killed), "the next worker")
+        assert server.stop(signal.SIGTERM) == 0, server.output
+        assert disposals(server) == 2  # it imports the application itself, which makes one
+        assert f"Worker {killed}: released" not in server.output
+
+
+def test_a_worker_that_hangs_is_aborted_and_disposes_what_it_has(folder: Path) -> None:
+    with serve(folder, "--timeout", "1") as server:
+        hung = server.get("/own")["pid"]
+        with contextlib.suppress(OSError):  # gunicorn answers 500, or hangs up
+            server.get("/hang")
+        until(lambda: server.replaced("/own", hung), "the next worker")
+        until(lambda: server.output.count(f"Worker {hung}: released") == 2, "its receipts")
+        assert server.stop(signal.SIGTERM) == 0, server.output
+        assert disposals(server) == 4
 
 
 def test_the_example_serves_and_ends(tmp_path: Path) -> None:

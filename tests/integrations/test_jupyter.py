@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 
 pytest.importorskip("ipykernel")
 manager = pytest.importorskip("jupyter_client.manager")
+loops = pytest.importorskip("jupyter_core.utils")
 
 MODEL = str(Path(__file__).parents[1] / "models" / "tiny-bert")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "notebook" / "search.ipynb"
@@ -65,6 +67,13 @@ class Kernel:
         self.client.stop_channels()
         if self.manager.has_kernel:
             self.manager.shutdown_kernel(now=now)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_event_loop_is_left() -> Iterator[None]:
+    yield
+    loops.ensure_event_loop().close()  # the one on which the client's blocking calls run
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture
@@ -168,6 +177,18 @@ def test_what_is_left_is_disposed_when_the_kernel_ends(
         kernel.manager.restart_kernel()
         kernel.connect()
         assert kernel.run("print(1)") == "1\n"
+    assert process.wait(LIMIT) == 0
+    assert path.read_text().startswith("released")
+
+
+def test_a_kernel_without_the_extension_disposes_what_it_has_too(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    path = tmp_path / "receipt"
+    kernel.run("%unload_ext ebbtide.integrations.jupyter")
+    kernel.run(TOLD.format(path=str(path)))
+    process = kernel.manager.provisioner.process
+    kernel.end()
     assert process.wait(LIMIT) == 0
     assert path.read_text().startswith("released")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -120,15 +121,42 @@ def test_a_client_that_disconnects_from_a_stream_leaves_no_lease(served: Served)
     assert [line["live"] for line in served.receipts] == [0]
 
 
-def test_each_of_several_workers_disposes_what_it_has(folder: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_each_of_several_workers_disposes_what_it_has(folder: Path, how: signal.Signals) -> None:
     with Served(folder, "uvicorn", "app:app", "--port", "{port}", "--workers", "2") as server:
         until(lambda: server.output.count("Application startup complete") == 2, "both workers")
         assert server.get("/embed?text=tide")["width"] == 32
-        assert server.stop(signal.SIGTERM) == 0, server.output
+        assert server.stop(how) == 0, server.output
         pids = {line["pid"] for line in server.receipts}
         assert len(pids) == 2
         assert server.process.pid not in pids
         assert all(line["live"] == 0 and line["receipts"] for line in server.receipts)
+
+
+def test_a_worker_that_is_killed_is_replaced_and_all_others_dispose_what_they_have(
+    folder: Path,
+) -> None:
+    with Served(folder, "uvicorn", "app:app", "--port", "{port}", "--workers", "2") as server:
+        until(lambda: server.output.count("Application startup complete") == 2, "both workers")
+        killed = server.get("/embed?text=tide")["pid"]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: server.output.count("Application startup complete") == 3, "the next worker")
+        assert server.get("/embed?text=tide")["pid"] != killed
+        assert server.stop(signal.SIGTERM) == 0, server.output
+        pids = {line["pid"] for line in server.receipts}
+        assert len(pids) == 2
+        assert killed not in pids
+        assert all(line["live"] == 0 and line["receipts"] for line in server.receipts)
+
+
+def test_a_server_that_ends_after_so_many_requests_disposes_what_it_has(folder: Path) -> None:
+    command = ("uvicorn", "app:app", "--port", "{port}", "--limit-max-requests", "1")
+    with Served(folder, *command) as server:
+        assert server.get("/embed?text=tide")["width"] == 32
+        assert server.process.wait(30) == 0, server.output
+        (line,) = server.receipts
+        assert line["live"] == 0
+        assert list(line["receipts"].values()) == [True]
 
 
 @pytest.mark.parametrize("worker", ["asgi", "uvicorn.workers.UvicornWorker"])
@@ -142,7 +170,10 @@ def test_workers_of_gunicorn_dispose_what_they_have(folder: Path, worker: str) -
         assert (line["pid"], line["live"], len(line["receipts"])) == (pid, 0, 1)
 
 
-def test_a_changed_file_has_the_worker_replaced_and_its_pipelines_disposed(folder: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_changed_file_has_the_worker_replaced_and_its_pipelines_disposed(
+    folder: Path, how: signal.Signals
+) -> None:
     with Served(folder, "uvicorn", "app:app", "--port", "{port}", "--reload") as server:
         until(lambda: "Application startup complete" in server.output, "the worker")
         first = server.get("/embed?text=tide")["pid"]
@@ -150,7 +181,7 @@ def test_a_changed_file_has_the_worker_replaced_and_its_pipelines_disposed(folde
         until(lambda: server.output.count("Application startup complete") == 2, "the next worker")
         assert [line["pid"] for line in server.receipts] == [first]
         assert server.replaced("/embed?text=tide", first)
-        assert server.stop(signal.SIGTERM) == 0, server.output
+        assert server.stop(how, group=how is signal.SIGINT) == 0, server.output
         assert [line["live"] for line in server.receipts] == [0, 0]
 
 

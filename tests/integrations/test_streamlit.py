@@ -20,6 +20,7 @@ pytest.importorskip("streamlit")
 
 import streamlit as st
 from streamlit.testing.v1 import AppTest
+from tests.integrations.served import NOTED
 
 import ebbtide
 from ebbtide.integrations import streamlit as integration
@@ -130,21 +131,6 @@ def test_a_call_that_runs_when_its_pipeline_is_let_go_ends_first() -> None:
     caller.join(LIMIT)
     assert len(results[0]) == 2
     pipe.dispose()
-
-
-NOTED = """
-import os
-from ebbtide.lifecycle import Lifecycle
-
-finish = Lifecycle.finish
-
-def noted(life, receipt, **more):
-    with open(os.environ["NOTED"], "a") as file:
-        file.write(f"{receipt}\\n")
-    finish(life, receipt, **more)
-
-Lifecycle.finish = noted
-"""
 
 
 class Browser:

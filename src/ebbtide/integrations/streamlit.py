@@ -96,8 +96,7 @@ def _cache(
                 f" this one is {st.__version__}: pip install --upgrade streamlit",
                 extra="streamlit",
             )
-        _caches[key] = st.cache_resource(
-            _loader(key),
+        cached = st.cache_resource(
             ttl=ttl,
             max_entries=max_entries,
             show_spinner=show_spinner,
@@ -105,6 +104,7 @@ def _cache(
             on_release=_dispose,
             validate=_takes_calls,
         )
+        _caches[key] = cached(_loader(key))
     return _caches[key]
 
 
