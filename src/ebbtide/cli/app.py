@@ -29,6 +29,19 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+Named = Annotated[str | None, typer.Option(help="A folder, an installed model's name, or an id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id, as in org/name.")]
+Task = Annotated[str, typer.Option(help="What it is for: a task reads more than its graph.")]
+Dtype = Annotated[str | None, typer.Option(help="Which of its files: fp32, fp16, q8, int8, q4 ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, dml, coreml or auto.")]
+Revision = Annotated[str, typer.Option(help="A branch, a tag or a commit.")]
+Prepare = Annotated[
+    str | None,
+    typer.Option(help="Its prepared copy: background, now (wait for it) or off (make none)."),
+]
+EntryJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON line an entry, and nothing else.")
+]
 
 
 def start(arguments: list[str]) -> int:
@@ -120,18 +133,11 @@ def _run(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="The texts; none: standard input.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A folder, an installed model's name, or an id.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Which of its files: fp32, fp16, q8, int8, q4 ...")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, dml, coreml or auto.")] = "cpu",
-    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
-    prepare: Annotated[
-        str | None,
-        typer.Option(help="Its prepared copy: background, now (wait for it) or off (make none)."),
-    ] = None,
+    model: Named = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    revision: Revision = "main",
+    prepare: Prepare = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON line a text, and nothing else.")
     ] = False,
@@ -165,21 +171,14 @@ Example: ebbtide chat --system "Answer in one sentence." --temperature 0.7
 )
 def _chat(
     words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A folder, an installed model's name, or an id.")
-    ] = None,
+    model: Named = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the model is told before all else.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Which of its files: fp32, fp16, q8, int8, q4 ...")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, dml, coreml or auto.")] = "cpu",
-    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
-    prepare: Annotated[
-        str | None,
-        typer.Option(help="Its prepared copy: background, now (wait for it) or off (make none)."),
-    ] = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    revision: Revision = "main",
+    prepare: Prepare = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON line an answer, and nothing else.")
     ] = False,
@@ -235,11 +234,6 @@ models = typer.Typer(
     help="List the models in the cache; show, download or remove one.",
 )
 app.add_typer(models, name="models")
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id, as in org/name.")]
-Task = Annotated[str, typer.Option(help="What it is for: a task reads more than its graph.")]
-Dtype = Annotated[str | None, typer.Option(help="Which of its files: fp32, fp16, q8, q4 ...")]
-Revision = Annotated[str, typer.Option(help="A branch, a tag or a commit.")]
 
 
 @models.callback()
@@ -304,9 +298,7 @@ def _cache(ctx: typer.Context) -> None:
 
 @cache.command("list")
 def _cache_list(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON line an entry, and nothing else.")
-    ] = False,
+    as_json: EntryJson = False,
 ) -> None:
     """List the prepared models."""
     from ebbtide.cli.cache import entries
@@ -338,9 +330,7 @@ def _cache_verify(
         typer.Argument(metavar="KEY", help="Which, by key or its beginning; none: all."),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove what is damaged.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON line an entry, and nothing else.")
-    ] = False,
+    as_json: EntryJson = False,
 ) -> None:
     """Check every byte of prepared models; exit code 1 where a damaged one stays."""
     from ebbtide.cli.cache import verify

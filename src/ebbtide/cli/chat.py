@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 import ebbtide
+from ebbtide.cli.ending import loaded
 from ebbtide.cli.results import printable
-from ebbtide.cli.words import Value, split
+from ebbtide.cli.words import Value, lines, split
 from ebbtide.errors import EbbtideError, InputError, nearest
 from ebbtide.factory import PipelineOptions
 from ebbtide.memory import anonymous_bytes
@@ -78,19 +79,12 @@ def chat(
         raise InputError("There is no standard input to read messages from.")
     if "max_length" not in call:
         call.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    with ebbtide.pipeline(TASK, model, **options) as pipe:
+    with loaded(TASK, model, options, as_json=as_json) as pipe:
         talk = Conversation(pipe, call, system)
-        try:
-            if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
-                _Terminal(talk).run()
-            else:
-                _answer_lines(talk, as_json=as_json)
-        except KeyboardInterrupt:
-            pipe.dispose(cancel=True)
-            raise
-        receipt = pipe.dispose()
-    if not as_json:
-        print(receipt, file=sys.stderr)
+        if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+            _Terminal(talk).run()
+        else:
+            _answer_lines(talk, as_json=as_json)
 
 
 @dataclasses.dataclass(slots=True)
@@ -127,8 +121,8 @@ class Answer:
             line += f" at {(self.tokens - 1) / (self.seconds - self.first):.1f}/s"
         if self.tokens:
             line += f", first after {self.first:.2f} s"
-        line += f"; {memory.anonymous / 1e6:.1f} MB"
-        line += f", cache {self.cache / 1e6:.1f} MB" if self.cache else ""
+        line += f"; {_mb(memory.anonymous)}"
+        line += f", cache {_mb(self.cache)}" if self.cache else ""
         ends = {"stop": "", "length": "; cut off"}
         return line + ends.get(self.reason, f"; {self.reason}")
 
@@ -359,7 +353,7 @@ class Conversation:
 
 def _answer_lines(talk: Conversation, *, as_json: bool) -> None:
     """Answer each line of standard input as it comes; the figures go to standard error."""
-    for text in _lines():
+    for text in lines():
         if not text.strip():
             continue
         if not as_json:
@@ -374,14 +368,6 @@ def _answer_lines(talk: Conversation, *, as_json: bool) -> None:
             "finish_reason": answer.reason,
         }
         print(json.dumps(answer.message | more), flush=True)
-
-
-def _lines() -> Iterator[str]:
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"Line {number} of standard input is not UTF-8: {error}.") from None
 
 
 # A terminal

@@ -1,4 +1,4 @@
-"""How a command ends: what is said of an error, and the exit code."""
+"""How a command ends: what is said of an error and of its pipeline's memory, and the exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import typer
 
@@ -19,6 +19,10 @@ from ebbtide.errors import (
     OptionError,
     UnsupportedModelError,
 )
+
+if TYPE_CHECKING:
+    from ebbtide.factory import PipelineOptions
+    from ebbtide.pipelines import Pipeline
 
 _BAD_CALLS: Final = (
     DeviceNotAvailableError,
@@ -51,6 +55,24 @@ def told() -> Iterator[None]:
     except BrokenPipeError:
         _silence(sys.stdout.fileno())
         raise typer.Exit(0) from None
+
+
+@contextlib.contextmanager
+def loaded(
+    task: str, model: str | None, options: PipelineOptions, *, as_json: bool
+) -> Iterator[Pipeline]:
+    """A command's pipeline; Ctrl-C stops what it does, and its receipt goes to standard error."""
+    import ebbtide
+
+    with ebbtide.pipeline(task, model, **options) as pipe:
+        try:
+            yield pipe
+        except KeyboardInterrupt:
+            pipe.dispose(cancel=True)
+            raise
+        receipt = pipe.dispose()
+    if not as_json:
+        print(receipt, file=sys.stderr)
 
 
 def _silence(descriptor: int) -> None:

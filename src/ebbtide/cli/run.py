@@ -10,9 +10,9 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-import ebbtide
 from ebbtide.cli import results
-from ebbtide.cli.words import Value, example, groups, split
+from ebbtide.cli.ending import loaded
+from ebbtide.cli.words import Value, example, groups, lines, split
 from ebbtide.errors import InputError
 from ebbtide.factory import PipelineOptions
 from ebbtide.pipelines import Pipeline, find
@@ -53,23 +53,16 @@ def run(
     if not piped and options.get("prepare") is None and "EBBTIDE_PREPARE" not in os.environ:
         options["prepare"] = False
     view = results.VIEWS[find(task).name]
-    with ebbtide.pipeline(task, model, **options) as pipe:
-        found = _results(pipe, _lines() if piped else iter(texts), call)
-        try:
-            if as_json or piped or not sys.stdout.isatty():
-                form = results.json_line if as_json else results.plain_rows
-                for text, result in found:
-                    print(form(view, text, result), flush=True)
-            elif view.streamed:
-                _write(pipe, texts, call)
-            else:
-                results.table(view, found, Console())
-        except KeyboardInterrupt:
-            pipe.dispose(cancel=True)
-            raise
-        receipt = pipe.dispose()
-    if not as_json:
-        print(receipt, file=sys.stderr)
+    with loaded(task, model, options, as_json=as_json) as pipe:
+        found = _results(pipe, lines() if piped else iter(texts), call)
+        if as_json or piped or not sys.stdout.isatty():
+            form = results.json_line if as_json else results.plain_rows
+            for text, result in found:
+                print(form(view, text, result), flush=True)
+        elif view.streamed:
+            _write(pipe, texts, call)
+        else:
+            results.table(view, found, Console())
 
 
 def _results(
@@ -110,16 +103,3 @@ def _write(pipe: Pipeline, texts: Sequence[str], options: dict[str, Value]) -> N
             **options,
         )
         console.print()
-
-
-def _lines() -> Iterator[str]:
-    """The lines of standard input, as they come in.
-
-    Raises:
-        InputError: A line is not UTF-8.
-    """
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"Line {number} of standard input is not UTF-8: {error}.") from None

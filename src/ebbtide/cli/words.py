@@ -1,9 +1,13 @@
-"""The words after the task: which are texts, and which are options of the task's call."""
+"""The words after the task: which are texts, and which are options of the task's call.
+
+Without a text among them, the texts are `lines`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -256,6 +260,19 @@ def as_list(option: CallOption) -> str:
     value = " | ".join(option.values) or shown[option.kind]
     none, needed = " | none" * option.none, " (needed)" * option.needed
     return f"{_dashed(option)} {value}{none}{needed}"
+
+
+def lines() -> Iterator[str]:
+    """The lines of standard input, as they come in.
+
+    Raises:
+        InputError: A line is not UTF-8.
+    """
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"Line {number} of standard input is not UTF-8: {error}.") from None
 
 
 def groups(texts: Iterator[str], size: object) -> Iterator[list[str]]:
