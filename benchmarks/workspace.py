@@ -157,7 +157,8 @@ def prepared(options: argparse.Namespace) -> None:
 
 
 def full(options: argparse.Namespace, *, limited: bool) -> None:
-    from ebbtide.memory.workspace import trim, workspace
+    from ebbtide.memory.allocator import allocator
+    from ebbtide.memory.workspace import workspace
 
     pipes = pipelines(options)
     for pipe in pipes:
@@ -169,7 +170,7 @@ def full(options: argparse.Namespace, *, limited: bool) -> None:
 
         def counted() -> None:
             trims[0] += 1
-            trim()
+            allocator.trim()
 
         workspace._trim = counted
     print(json.dumps({"watch": True}), flush=True)
@@ -217,7 +218,8 @@ def estimates(options: argparse.Namespace) -> None:
 
     import ebbtide
     from ebbtide.cancellation import CancelToken
-    from ebbtide.memory.workspace import Sampler, trim, workspace
+    from ebbtide.memory.allocator import allocator
+    from ebbtide.memory.workspace import Sampler, workspace
     from ebbtide.runtime import native_threads
 
     ebbtide.settings.idle_trim = None  # no call goes on here, so it would come into runs
@@ -244,7 +246,7 @@ def estimates(options: argparse.Namespace) -> None:
         found = []
         for batch, length in (shape() for _ in range(40)):
             estimate, _ = workspace.expected(known, batch * length, length)
-            trim()
+            allocator.trim()
             with Sampler() as sampler:
                 graph._use.session.run(feeds(batch, length), outputs, token)
             found.append((sampler.peak, estimate))

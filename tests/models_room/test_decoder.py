@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,20 +12,18 @@ from numpy.typing import NDArray
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import PipelineCancelledError, PipelineDisposedError, UnsupportedModelError
-from ebbtide.hub import ModelFiles
-from ebbtide.lifecycle import Lifecycle
 from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.models import decoder as room
 from ebbtide.models.config import ModelConfig
-from ebbtide.models.decoder import Decoder, Steps
-from ebbtide.models.loading import Loaded, LoadOptions
+from ebbtide.models.decoder import Decoder
+from ebbtide.models.loading import Loaded
 from ebbtide.models.tokenizer import Tokenizer
 from ebbtide.runtime import TensorInfo
 from ebbtide.runtime.carry import InPlace
 from ebbtide.runtime.fake import FakeSession
 
-MODELS = Path(__file__).parent.parent / "models"
-TOKEN = CancelToken("test")
+from .loaded import TOKEN, Owner, close, drawn, each_once, loaded, shown
+
 ATTENTION = [
     "gen-llama",
     "gen-llama-fused",
@@ -50,73 +46,20 @@ CONVOLVED = "gen-lfm2"
 MERGED = {"gen-llama-merged": "decoder_model_merged"}
 
 
-class Owner:
-    """Stands for a lifecycle: keeps what was loaded until the tests are done."""
-
-    label = "the test"
-
-    def __init__(self) -> None:
-        self.leases: list[Lease[Any]] = []
-
-    def own(self, lease: Lease[Any]) -> None:
-        self.leases.append(lease)
-
-
-class Models:
-    """Each model, loaded once."""
-
-    def __init__(self) -> None:
-        self.owner = Owner()
-        self._made: dict[str, Decoder] = {}
-
-    def __call__(self, name: str) -> Decoder:
-        if name not in self._made:
-            self._made[name] = Decoder(loaded(name, self.owner))
-        return self._made[name]
-
-
-def loaded(name: str, owner: Owner) -> Loaded:
-    options = LoadOptions(model_file_name=MERGED.get(name), prepare="off")
-    return Loaded.of(
-        ModelFiles(name, MODELS / name),
-        options,
-        (),
-        cast(Lifecycle, owner),
-        TOKEN,
-        lambda waiting: None,
-    )
+Models = Callable[[str], Decoder]
 
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    made = Models()
-    yield made
-    for one in made.owner.leases:
-        one.release()
+    def make(name: str, owner: Owner) -> Decoder:
+        return Decoder(loaded(name, owner, file=MERGED.get(name)))
 
-
-def drawn(rows: int, length: int, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(5, 300, (rows, length))
+    with each_once(make) as made:
+        yield made
 
 
 def ones(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.ones_like(ids)
-
-
-def shown(
-    steps: Steps, ids: NDArray[np.int64], parts: Sequence[int] = (), *, last: bool = False
-) -> NDArray[np.float32]:
-    """The logits of all tokens, which are shown in parts of these sizes and one for the rest."""
-    ends = [0, *np.cumsum(parts).tolist(), ids.shape[1]]
-    found = [
-        steps.forward(ids[:, start:end], TOKEN, last=last).copy()
-        for start, end in itertools.pairwise(ends)
-    ]
-    return np.concatenate(found, axis=1)
-
-
-def close(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
-    return one.shape == other.shape and np.allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -385,7 +328,6 @@ def test_sizes_that_the_graph_does_not_say_are_the_configs() -> None:
 def test_after_the_model_was_given_back_nothing_begins() -> None:
     owner = Owner()
     model = Decoder(loaded("gen-llama", owner))
-    for one in owner.leases:
-        one.release()
+    owner.release()
     with pytest.raises(PipelineDisposedError):
         model.begin(np.ones((1, 3), np.int64))

@@ -2,83 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, PipelineDisposedError, UnsupportedModelError
-from ebbtide.hub import ModelFiles
-from ebbtide.lifecycle import Lifecycle
 from ebbtide.memory.ledger import Lease, ledger
 from ebbtide.models.config import ModelConfig
 from ebbtide.models.decoder import Steps
-from ebbtide.models.loading import Loaded, LoadOptions
+from ebbtide.models.loading import Loaded
 from ebbtide.models.seq2seq import STEMS, Seq2Seq
 from ebbtide.models.tokenizer import Batch, Tokenizer
 from ebbtide.runtime import TensorInfo
 from ebbtide.runtime.fake import FakeSession
 
-MODELS = Path(__file__).parent.parent / "models"
-TOKEN = CancelToken("test")
+from .loaded import TOKEN, Owner, close, drawn, each_once, loaded, shown
+
 NAMES = ["gen-t5", "gen-bart", "gen-marian"]
 
 
-class Owner:
-    """Stands for a lifecycle: keeps what was loaded until the tests are done."""
-
-    label = "the test"
-
-    def __init__(self) -> None:
-        self.leases: list[Lease[Any]] = []
-
-    def own(self, lease: Lease[Any]) -> None:
-        self.leases.append(lease)
+Models = Callable[[str], Seq2Seq]
 
 
 def load(name: str, owner: Owner) -> Seq2Seq:
-    return Seq2Seq(
-        Loaded.of(
-            ModelFiles(name, MODELS / name),
-            LoadOptions(prepare="off"),
-            (),
-            cast(Lifecycle, owner),
-            TOKEN,
-            lambda waiting: None,
-            STEMS,
-        )
-    )
-
-
-class Models:
-    """Each model, loaded once."""
-
-    def __init__(self) -> None:
-        self.owner = Owner()
-        self._made: dict[str, Seq2Seq] = {}
-
-    def __call__(self, name: str) -> Seq2Seq:
-        if name not in self._made:
-            self._made[name] = load(name, self.owner)
-        return self._made[name]
+    return Seq2Seq(loaded(name, owner, stems=STEMS))
 
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    made = Models()
-    yield made
-    for one in made.owner.leases:
-        one.release()
-
-
-def drawn(rows: int, length: int, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(5, 300, (rows, length))
+    with each_once(load) as made:
+        yield made
 
 
 def batch(texts: Sequence[Sequence[int]]) -> Batch:
@@ -98,19 +54,6 @@ READ = [drawn(1, length, seed=length)[0].tolist() for length in (7, 3, 5)]
 def begun(model: Seq2Seq, texts: Sequence[Sequence[int]] = READ, *, cache: bool = True) -> Steps:
     encoded = model.encode(batch(texts), TOKEN)
     return model.begin(np.ones((len(texts), 1), np.int64), encoded, cache=cache)
-
-
-def shown(steps: Steps, ids: NDArray[np.int64], parts: Sequence[int] = ()) -> NDArray[np.float32]:
-    ends = [0, *np.cumsum(parts).tolist(), ids.shape[1]]
-    found = [
-        steps.forward(ids[:, start:end], TOKEN, last=False).copy()
-        for start, end in itertools.pairwise(ends)
-    ]
-    return np.concatenate(found, axis=1)
-
-
-def close(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
-    return one.shape == other.shape and np.allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,8 +129,7 @@ def test_the_encoder_is_fed_only_what_it_takes(models: Models) -> None:
 def test_after_the_model_was_given_back_nothing_is_read() -> None:
     owner = Owner()
     model = load("gen-t5", owner)
-    for one in owner.leases:
-        one.release()
+    owner.release()
     with pytest.raises(PipelineDisposedError):
         model.encode(batch(READ), TOKEN)
 

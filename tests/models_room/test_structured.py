@@ -26,13 +26,12 @@ from ebbtide.errors import (
     PipelineDisposedError,
     UnsupportedModelError,
 )
-from ebbtide.hub import ModelFiles
-from ebbtide.models.config import ModelConfig
 from ebbtide.models.structured import Structure, Vocabulary
 from ebbtide.models.structured_form import Form
 from ebbtide.models.tokenizer import Tokenizer
 
-MODELS = Path(__file__).parent.parent / "models"
+from .loaded import tokenizer_of
+
 LLAMA = "gen-llama"
 END = 357
 """The token that ends a text of gen-llama."""
@@ -55,17 +54,6 @@ Scores = NDArray[np.float32]
 
 
 @contextmanager
-def loaded(name: str | Path) -> Iterator[Tokenizer]:
-    folder = MODELS / name
-    files = ModelFiles(name=str(folder), folder=folder)
-    made = Tokenizer.load(files, ModelConfig.read(files), CancelToken("the test"))
-    try:
-        yield made
-    finally:
-        assert not made.lease.release()
-
-
-@contextmanager
 def vocabulary_of(tokenizer: Tokenizer) -> Iterator[Vocabulary]:
     lease = Vocabulary.acquire(tokenizer, CancelToken("the test"))
     assert lease.value is not None
@@ -77,7 +65,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Iterator[Vocabulary]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Iterator[Tokenizer]:
-    with loaded(LLAMA) as made:
+    with tokenizer_of(LLAMA) as made:
         yield made
 
 
@@ -205,7 +193,7 @@ def test_what_is_written_is_of_the_grammar(
 
 
 def test_a_sentencepiece_vocabulary_writes_the_choices_too() -> None:
-    with loaded("gen-t5") as tokenizer, vocabulary_of(tokenizer) as vocabulary:
+    with tokenizer_of("gen-t5") as tokenizer, vocabulary_of(tokenizer) as vocabulary:
         structure = Structure.of({"regex": "(a|b){2,3}!"}, vocabulary)
         for seed in range(10):
             (ids,) = written(structure, random_scores(seed, 1, structure.size), end=1)
@@ -228,7 +216,7 @@ def test_a_vocabulary_with_a_token_for_each_byte_writes_json(tmp_path: Path) -> 
     native.add_special_tokens(["<s>", "</s>"])
     native.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text("{}")
-    with loaded(tmp_path) as tokenizer, vocabulary_of(tokenizer) as vocabulary:
+    with tokenizer_of(tmp_path) as tokenizer, vocabulary_of(tokenizer) as vocabulary:
         structure = Structure.of(SCHEMA, vocabulary)
         for seed in range(10):
             (ids,) = written(structure, random_scores(seed, 1, structure.size), end=1)
@@ -428,7 +416,7 @@ def test_a_vocabulary_that_slept_is_made_again(tokenizer: Tokenizer) -> None:
 
 
 def test_a_vocabulary_that_is_closed_says_so() -> None:
-    with loaded("gen-gpt2") as tokenizer:
+    with tokenizer_of("gen-gpt2") as tokenizer:
         with vocabulary_of(tokenizer) as vocabulary:
             pass
         with pytest.raises(PipelineDisposedError, match="Make a new pipeline"):
@@ -437,14 +425,14 @@ def test_a_vocabulary_that_is_closed_says_so() -> None:
 
 def test_a_tokenizer_whose_tokens_do_not_spell_text_is_refused() -> None:
     with (
-        loaded("tiny-bert") as tokenizer,
+        tokenizer_of("tiny-bert") as tokenizer,
         pytest.raises(UnsupportedModelError, match=r"do not spell text.*use another model"),
     ):
         Vocabulary.acquire(tokenizer, CancelToken("the test"))
 
 
 def test_a_vocabulary_without_the_characters_says_so() -> None:
-    with loaded("gen-t5") as tokenizer, vocabulary_of(tokenizer) as vocabulary:
+    with tokenizer_of("gen-t5") as tokenizer, vocabulary_of(tokenizer) as vocabulary:
         with pytest.raises(InputError, match="no tokens that write the choice '日本'"):
             Structure.of(["日本"], vocabulary)
         structure = Structure.of({"type": "object"}, vocabulary)

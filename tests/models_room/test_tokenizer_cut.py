@@ -15,13 +15,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import ebbtide
-from ebbtide.cancellation import CancelToken
-from ebbtide.hub import ModelFiles
 from ebbtide.models import native_tokenizer as room
-from ebbtide.models.config import ModelConfig
 from ebbtide.models.tokenizer import Tokenizer
 
-MODELS = Path(__file__).parent.parent / "models"
+from .loaded import MODELS, tokenizer_of
+
 WINDOW = 16
 FIRST_BOUND = 48
 """Characters: small, so that cuts fall everywhere and the window's end lies near them."""
@@ -64,16 +62,6 @@ PIECES = [
     "\u0000",
     "\ufffd",
 ]
-
-
-@contextmanager
-def loaded(folder: Path) -> Iterator[Tokenizer]:
-    files = ModelFiles(name=str(folder), folder=folder)
-    made = Tokenizer.load(files, ModelConfig.read(files), CancelToken("the test"))
-    try:
-        yield made
-    finally:
-        assert not made.lease.release()
 
 
 def plain(folder: Path, limit: int, side: str = "right") -> tokenizers.Tokenizer:
@@ -120,7 +108,7 @@ def pair(
         model_max_length=WINDOW,
         truncation_side=side,
     )
-    with loaded(folder) as made:
+    with tokenizer_of(folder) as made:
         assert made.limit == WINDOW
         yield made, plain(folder, WINDOW, side)
 
@@ -222,7 +210,7 @@ def test_a_long_text_is_cut_with_the_bounds_as_they_are(
 ) -> None:
     folder = copied("tiny-bert", tmp_path / "model", truncation_side=side)
     text = unit * (60_000 // len(unit))
-    with loaded(folder) as made:
+    with tokenizer_of(folder) as made:
         assert made.ids(text) == plain(folder, 512, side).encode(text).ids
 
 
@@ -230,7 +218,7 @@ def test_a_text_that_never_fills_the_window_is_refused_beyond_the_longest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(room, "LONGEST_TEXT", 20_000)
-    with loaded(MODELS / "tiny-bert") as made:
+    with tokenizer_of("tiny-bert") as made:
         assert made.ids(" " * 20_000) == made.ids("")
         with pytest.raises(ebbtide.InputError, match="20,001 characters is too long") as caught:
             made.ids(" " * 20_001)
@@ -245,7 +233,7 @@ def test_a_model_without_a_window_refuses_a_text_beyond_the_longest(
     del config["max_position_embeddings"]
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(room, "LONGEST_TEXT", 2_000)
-    with loaded(folder) as made:
+    with tokenizer_of(folder) as made:
         assert made.limit is None
         assert len(made.ids("a " * 1000)) == 1002
         with pytest.raises(ebbtide.InputError, match="no window"):
@@ -275,7 +263,7 @@ def both_sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         side: copied("tiny-bert", tmp_path_factory.mktemp("side") / side, truncation_side=side)
         for side in ("right", "left")
     }
-    with loaded(folders["right"]) as right, loaded(folders["left"]) as left:
+    with tokenizer_of(folders["right"]) as right, tokenizer_of(folders["left"]) as left:
         yield {"right": (folders["right"], right), "left": (folders["left"], left)}
 
 
@@ -285,7 +273,7 @@ def both_sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_padding_on_the_left_moves_the_padding_and_nothing_else(tmp_path: Path) -> None:
     folder = copied("tiny-bert", tmp_path / "model", padding_side="left")
     given_texts = ["tide", "a much longer sentence", ""]
-    with loaded(folder) as left, loaded(MODELS / "tiny-bert") as right:
+    with tokenizer_of(folder) as left, tokenizer_of("tiny-bert") as right:
         one, other = left.batch(given_texts), right.batch(given_texts)
         for row, text in enumerate(given_texts):
             ids = right.ids(text)
@@ -297,7 +285,7 @@ def test_padding_on_the_left_moves_the_padding_and_nothing_else(tmp_path: Path) 
 
 @pytest.mark.parametrize("model_name", ["tiny-bert", "tiny-roberta"])
 def test_padding_is_done_with_the_models_own_token(model_name: str) -> None:
-    with loaded(MODELS / model_name) as made:
+    with tokenizer_of(model_name) as made:
         batch = made.batch(["", "a longer one"])
     padding = {"tiny-bert": 0, "tiny-roberta": 1}[model_name]
     assert (batch.input_ids[batch.attention_mask == 0] == padding).all()
@@ -320,7 +308,7 @@ def test_the_padding_token_comes_from_the_rules_then_from_the_config(
     folder = copied("tiny-bert", tmp_path / "model", **rules)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    with loaded(folder) as made:
+    with tokenizer_of(folder) as made:
         assert made.batch(["", "tide"]).input_ids[0, -1] == padding
 
 
@@ -365,7 +353,7 @@ def test_the_window_is_the_smaller_of_what_rules_and_config_say(
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), "max_position_embeddings": positions}
     path.write_text(json.dumps(config))
-    with loaded(folder) as made:
+    with tokenizer_of(folder) as made:
         assert made.limit == limit
 
 
@@ -375,20 +363,20 @@ def test_the_truncation_and_padding_saved_in_the_file_are_not_applied(tmp_path: 
     native.enable_truncation(max_length=4)
     native.enable_padding(length=8)
     native.save(str(folder / "tokenizer.json"))
-    with loaded(folder) as made, loaded(MODELS / "tiny-bert") as source:
+    with tokenizer_of(folder) as made, tokenizer_of("tiny-bert") as source:
         assert made.ids("one two three four") == source.ids("one two three four")
 
 
 def test_equal_content_is_held_once_and_different_rules_are_held_apart(tmp_path: Path) -> None:
     same = copied("tiny-bert", tmp_path / "same")
     other = copied("tiny-bert", tmp_path / "other", model_max_length=20)
-    with loaded(MODELS / "tiny-bert") as one, loaded(same) as two, loaded(other) as three:
+    with tokenizer_of("tiny-bert") as one, tokenizer_of(same) as two, tokenizer_of(other) as three:
         assert one.lease.value is two.lease.value
         assert one.lease.value is not three.lease.value
 
 
 def test_decode_turns_ids_back_into_text(tiny_bert: Path) -> None:
-    with loaded(tiny_bert) as made:
+    with tokenizer_of(tiny_bert) as made:
         ids = made.ids("the tide")
         assert made.decode(ids) == "the tide"
         assert made.decode(ids, skip_special_tokens=False) == "[CLS] the tide [SEP]"

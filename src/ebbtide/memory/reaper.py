@@ -45,6 +45,8 @@ TOLERANCE_BYTES = 1_000_000
 TOLERANCE_SHARE = 0.01
 """What may stay of a pipeline and still be called given back: the larger of the two."""
 
+_FAILED = "the disposal itself failed; the error was reported on the reaper's thread"
+
 
 @dataclasses.dataclass(slots=True)
 class _Draining:
@@ -201,7 +203,7 @@ class Reaper:
             finally:
                 for life in ready:
                     if life.receipt is None:  # what else failed, nobody waits for ever
-                        life.finish(_unmeasured(life), state=State.DISPOSED)
+                        life.finish(_nothing(life, _FAILED), state=State.DISPOSED)
         drowsy, self._drowsy = self._drowsy, []
         for request in drowsy:
             self._have_sleep(request, now)
@@ -226,9 +228,10 @@ class Reaper:
                 if now < request.wish.deadline:
                     self._drowsy.append(request)
                 else:
-                    request.answer.give(_still_awake(life))
+                    calls = f"{len(life.running)} calls were running all the time: it stays awake"
+                    request.answer.give(_nothing(life, calls))
         except BaseException:
-            request.answer.give(_unmeasured(life))  # whatever failed, nobody waits for ever
+            request.answer.give(_nothing(life, _FAILED))  # whatever failed, nobody waits for ever
             raise
         finally:
             life.drowsy = any(one.wish.lifecycle is life for one in self._drowsy)
@@ -397,7 +400,8 @@ def _receipt(
     )
 
 
-def _unmeasured(life: Lifecycle) -> DisposalReceipt:
+def _nothing(life: Lifecycle, reason: str) -> DisposalReceipt:
+    """The receipt where nothing came back."""
     return DisposalReceipt(
         charged=life.charged,
         released=0,
@@ -406,20 +410,7 @@ def _unmeasured(life: Lifecycle) -> DisposalReceipt:
         verified=False,
         duration=0.0,
         method="none",
-        reasons=("the disposal itself failed; the error was reported on the reaper's thread",),
-    )
-
-
-def _still_awake(life: Lifecycle) -> DisposalReceipt:
-    return DisposalReceipt(
-        charged=life.charged,
-        released=0,
-        retained=life.charged,
-        quiet=False,
-        verified=False,
-        duration=0.0,
-        method="none",
-        reasons=(f"{len(life.running)} calls were running all the time: it stays awake",),
+        reasons=(reason,),
     )
 
 

@@ -132,16 +132,6 @@ def guess(size: int, widths: int) -> int:
     return 32 * math.isqrt(size) + 12 * widths
 
 
-def trim() -> None:
-    """Give back what runs have freed, all of it.
-
-    After runs of mixed shapes one trim left 0 to 65 MB at the tops of arenas, and a second nothing:
-    freed chunks that only the first joins to a top kept it from shrinking. It takes 1 to 7 ms.
-    """
-    allocator.trim()
-    allocator.trim()
-
-
 class Workspace:
     """Who may run now, and what each graph's runs take; one for the process.
 
@@ -161,7 +151,7 @@ class Workspace:
         self,
         activity: Activity = activity,
         anonymous: Callable[[], int] = anonymous_bytes,
-        trim: Callable[[], object] = trim,
+        trim: Callable[[], object] = allocator.trim,
     ) -> None:
         self._activity = activity
         self._anonymous = anonymous

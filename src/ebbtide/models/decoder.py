@@ -16,10 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide.cancellation import CancelToken
-from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
+from ebbtide.errors import UnsupportedModelError
 from ebbtide.models.config import ModelConfig
-from ebbtide.models.loading import DYNAMIC, MODEL, Loaded
-from ebbtide.runtime import POSITIONS, Carried, Carry, GraphSession, InPlace, Passed, TensorInfo
+from ebbtide.models.loading import MODEL, Driver, Loaded
+from ebbtide.runtime import (
+    POSITIONS,
+    Carried,
+    Carry,
+    GraphSession,
+    InPlace,
+    Passed,
+    TensorInfo,
+    size_in,
+)
 
 _FED: Final = frozenset(
     {
@@ -50,7 +59,7 @@ Held = Callable[[int], object]
 """Told how many bytes a generation's cache takes now."""
 
 
-class Decoder:
+class Decoder(Driver):
     """One causal model, or the decoder beside an encoder, as one pipeline owns it.
 
     Args:
@@ -62,20 +71,13 @@ class Decoder:
     def __init__(
         self, loaded: Loaded, stem: str = MODEL, fixed: frozenset[str] = frozenset()
     ) -> None:
-        value = loaded.sessions[stem].value
-        assert value is not None
-        self.name = loaded.name
-        self.config = loaded.config
-        self.tokenizer = loaded.tokenizer
-        self.device = str(value.device)
-        self.dtype = loaded.dtype
-        self._session = loaded.sessions[stem]
+        super().__init__(loaded, stem)
         self._fixed = fixed
-        self.label = loaded.label
         self._exact: tuple[object, bool] | None = None
-        self.inputs = {one.name: one for one in value.inputs}
+        self.inputs = {one.name: one for one in self.graph.inputs}
         self.fed = [(name, info) for name, info in self.inputs.items() if name in _FED]
-        self.carried = carried_by(value, self.config, self.name)
+        self.carried = carried_by(self.graph, self.config, self.name)
+        self.has_state = any(one.axis is None for one in self.carried)
         self.has_buffers = bool(self.carried) and all(
             one.axis == 2 and len(one.shape) == 4 for one in self.carried
         )
@@ -94,24 +96,12 @@ class Decoder:
             )
 
     @property
-    def graph(self) -> GraphSession:
-        """The graph.
-
-        Raises:
-            PipelineDisposedError: The pipeline was disposed.
-        """
-        session = self._session.value
-        if session is None:
-            raise PipelineDisposedError(f"{self.label} was disposed.", pipeline=self.label)
-        return session
-
-    @property
     def mixes_lengths(self) -> bool:
         """Whether prompts of several lengths may run together.
 
         A state, as of a convolution, may take in padding too: that depends on the export.
         """
-        return all(one.axis is not None for one in self.carried)
+        return not self.has_state
 
     def is_exact(self, source: object, token: CancelToken) -> bool:
         """Whether two tokens give in one run what they give in two; tried once, with a few runs.
@@ -132,11 +122,6 @@ class Decoder:
             whole, apart = found
             self._exact = source, bool(np.allclose(whole, apart, rtol=1e-3, atol=1e-3))
         return self._exact[1]
-
-    @property
-    def shares_scales(self) -> bool:
-        """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
-        return self.dtype in DYNAMIC
 
     def begin(
         self,
@@ -205,7 +190,7 @@ class Steps:
     @property
     def takes_back(self) -> bool:
         """Whether tokens can be taken back at all."""
-        return all(one.axis is not None for one in self._model.carried)
+        return not self._model.has_state
 
     def forward(
         self, ids: NDArray[np.int64], token: CancelToken, *, last: bool = True
@@ -421,10 +406,10 @@ def _sizes(
         for number, one in enumerate(info.shape)
         if number and isinstance(one, str) and any(word in one.lower() for word in _PLACES)
     ]
-    heads = _first(config, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
-    kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
-    hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
-    size = _first(config, "head_dim", "d_kv") or (hidden // heads if heads and hidden else None)
+    heads = size_in(config, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
+    kv_heads = size_in(config, "num_key_value_heads", "num_kv_heads") or heads
+    hidden = size_in(config, "hidden_size", "n_embd", "d_model", "dim")
+    size = size_in(config, "head_dim", "d_kv") or (hidden // heads if heads and hidden else None)
     shape: list[int] = []
     for number, one in enumerate(info.shape):
         name = one.lower() if isinstance(one, str) else ""
@@ -449,16 +434,6 @@ def _sizes(
     return tuple(shape), places[0] if places else None
 
 
-def _first(config: Mapping[str, Any], *names: str) -> int | None:
-    text = config.get("text_config")
-    for source in (config, text if isinstance(text, Mapping) else {}):
-        for name in names:
-            value = source.get(name)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
-
-
 def context_of(config: ModelConfig) -> int | None:
     """Tokens that a causal model can take; None where nothing bounds it."""
-    return _first(config.raw, *POSITIONS)
+    return size_in(config.raw, *POSITIONS)

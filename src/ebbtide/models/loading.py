@@ -9,6 +9,7 @@ from typing import Final
 from ebbtide import runtime
 from ebbtide._settings import Prepare
 from ebbtide.cancellation import CancelToken
+from ebbtide.errors import PipelineDisposedError
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
 from ebbtide.memory.ledger import Lease
@@ -150,3 +151,38 @@ class Loaded:
             lifecycle.own(sessions[stem])
         dtype = ", ".join(dict.fromkeys(one.dtype for one in chosen.values()))
         return cls(files.name, config, tokenizer, sessions, dtype, lifecycle.label)
+
+
+class Driver:
+    """A loaded model as one pipeline owns it: what the drivers of all kinds of models have.
+
+    Args:
+        loaded: The model.
+        stem: Which of its files is its `graph`.
+    """
+
+    def __init__(self, loaded: Loaded, stem: str = MODEL) -> None:
+        self.name = loaded.name
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.dtype = loaded.dtype
+        self.label = loaded.label
+        self._session = loaded.sessions[stem]
+        self.device = str(self.graph.device)
+
+    @property
+    def graph(self) -> GraphSession:
+        """The graph.
+
+        Raises:
+            PipelineDisposedError: The pipeline was disposed.
+        """
+        session = self._session.value
+        if session is None:
+            raise PipelineDisposedError(f"{self.label} was disposed.", pipeline=self.label)
+        return session
+
+    @property
+    def shares_scales(self) -> bool:
+        """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
+        return any(one in DYNAMIC for one in self.dtype.split(", "))

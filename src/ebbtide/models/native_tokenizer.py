@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from ebbtide.cancellation import CancelToken
 from ebbtide.errors import InputError, LoadError
@@ -72,8 +72,38 @@ class Rules:
         )
 
 
-class NativeTokenizer(Native):
+class Remade(Native):
+    """One native object that is freed for a sleep, and made again when it is next needed."""
+
+    what: ClassVar[str]
+    """What it is, for the report of who still holds it."""
+
+    _kept: Any = None
+    _closed = False
+
+    def sleep(self) -> Sequence[Remains]:
+        """Free it for now."""
+        native, self._kept = self._kept, None
+        if native is None:
+            return ()
+        box = [native]
+        del native
+        return let_go(box, self.what)
+
+    def close(self) -> Sequence[Remains]:
+        """Free it."""
+        self._closed = True
+        return self.sleep()
+
+    def leak(self) -> None:
+        """In a forked child: never free it."""
+        leak(self._kept)
+
+
+class NativeTokenizer(Remade):
     """The tokenizers library's own object; shared by owners, and closed by the last."""
+
+    what: ClassVar[str] = "the native tokenizer"
 
     def __init__(self, content: bytes, rules: Rules, path: Path) -> None:
         native = _native_tokenizer(content, path)
@@ -82,8 +112,7 @@ class NativeTokenizer(Native):
         self._margin = _margin(native)
         token_id = native.token_to_id(rules.pad_token) if rules.pad_token else None
         self.rules = rules
-        self._kept: Any = native
-        self._closed = False
+        self._kept = native
         self.mask_token = self._special(rules.mask_token, _MASKS)
         self.unknown_token = self._special(rules.unknown_token, _UNKNOWNS)
         self.cls_token = self._special(rules.cls_token, _BEGINNINGS)
@@ -221,10 +250,6 @@ class NativeTokenizer(Native):
             )
         return _native_tokenizer(content, self._path)
 
-    def sleep(self) -> Sequence[Remains]:
-        """Free it for now."""
-        return self._let_go()
-
     def wake(self, token: CancelToken) -> None:
         """Read it again, from the file it came from.
 
@@ -232,23 +257,6 @@ class NativeTokenizer(Native):
             LoadError: The file is gone, or another.
         """
         assert self._native is not None
-
-    def close(self) -> Sequence[Remains]:
-        """Free it."""
-        self._closed = True
-        return self._let_go()
-
-    def _let_go(self) -> Sequence[Remains]:
-        native, self._kept = self._kept, None
-        if native is None:
-            return ()
-        box = [native]
-        del native
-        return let_go(box, "the native tokenizer")
-
-    def leak(self) -> None:
-        """In a forked child: never free it."""
-        leak(self._kept)
 
 
 def _native_tokenizer(content: bytes, path: Path) -> Any:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide.cancellation import CancelToken
-from ebbtide.errors import InputError, PipelineDisposedError, UnsupportedModelError, nearest
+from ebbtide.errors import InputError, UnsupportedModelError, nearest
 from ebbtide.models.decoder import Decoder, Held, Steps
-from ebbtide.models.loading import DYNAMIC, Loaded
+from ebbtide.models.loading import Driver, Loaded
 from ebbtide.models.tokenizer import Batch
 
 ENCODER: Final = "encoder_model"
@@ -24,35 +24,22 @@ _LANGUAGE: Final = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}|[a-z]{2,3}_[A-Z]{2}|__[a-
 """How NLLB, mBART and M2M100 spell the token of a language."""
 
 
-class Seq2Seq:
+class Seq2Seq(Driver):
     """One encoder-decoder model, as one pipeline owns it."""
 
     def __init__(self, loaded: Loaded) -> None:
-        value = loaded.sessions[ENCODER].value
-        assert value is not None
+        super().__init__(loaded, ENCODER)
         self.decoder = Decoder(loaded, DECODER, _FROM_ENCODER)
-        self.name = loaded.name
-        self.config = loaded.config
-        self.tokenizer = loaded.tokenizer
-        self.device = str(value.device)
-        self.dtype = loaded.dtype
-        self._encoder = loaded.sessions[ENCODER]
-        self._label = loaded.label
-        names = [one.name for one in value.outputs]
+        names = [one.name for one in self.graph.outputs]
         if "last_hidden_state" not in names:
             raise UnsupportedModelError(
                 f"The encoder of model {self.name!r} gives {', '.join(names)}, and no"
                 " last_hidden_state: export the model for text2text-generation.",
                 model=self.name,
             )
-        self._inputs = {one.name: one.dtype for one in value.inputs}
+        self._inputs = {one.name: one.dtype for one in self.graph.inputs}
 
     mixes_lengths = True
-
-    @property
-    def shares_scales(self) -> bool:
-        """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
-        return any(one in DYNAMIC for one in self.dtype.split(", "))
 
     def encode(self, batch: Batch, token: CancelToken) -> dict[str, NDArray[Any]]:
         """What the decoder is fed of some inputs.
@@ -61,9 +48,7 @@ class Seq2Seq:
             PipelineCancelledError: The token was cancelled.
             RunError: The graph could not be run.
         """
-        session = self._encoder.value
-        if session is None:
-            raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
+        session = self.graph
         feeds = {
             name: getattr(batch, name).astype(dtype, copy=False)
             for name, dtype in self._inputs.items()

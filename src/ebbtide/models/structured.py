@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,8 @@ from ebbtide.errors import (
     PipelineDisposedError,
     UnsupportedModelError,
 )
-from ebbtide.lifecycle import Remains
-from ebbtide.memory.ledger import Lease, Native, ledger
-from ebbtide.memory.pins import leak, let_go
-from ebbtide.models.native_tokenizer import NativeTokenizer
+from ebbtide.memory.ledger import Lease, ledger
+from ebbtide.models.native_tokenizer import NativeTokenizer, Remade
 from ebbtide.models.structured_form import Form, refused
 from ebbtide.models.tokenizer import Tokenizer
 
@@ -55,7 +53,7 @@ _ITEM: Final = np.dtype(np.int64).itemsize
 _NEVER: Final = np.float32(-np.inf)
 
 
-class Vocabulary(Native):
+class Vocabulary(Remade):
     """A tokenizer's tokens as llguidance wants them; shared by owners, and closed by the last.
 
     Args:
@@ -63,11 +61,11 @@ class Vocabulary(Native):
         label: What it belongs to, for messages.
     """
 
+    what: ClassVar[str] = "the vocabulary of structured output"
+
     def __init__(self, native: NativeTokenizer, label: str) -> None:
         self._native = native
         self._label = label
-        self._closed = False
-        self._kept: Any = None
         self._kept = self._made()
 
     @classmethod
@@ -121,27 +119,6 @@ class Vocabulary(Native):
         """Tokens that spell a text, always the longest that fits; maybe of a part of it."""
         ids: list[int] = self.made().greedy_tokenize(text)
         return ids
-
-    def sleep(self) -> Sequence[Remains]:
-        """Free it for now."""
-        return self._let_go()
-
-    def close(self) -> Sequence[Remains]:
-        """Free it."""
-        self._closed = True
-        return self._let_go()
-
-    def _let_go(self) -> Sequence[Remains]:
-        made, self._kept = self._kept, None
-        if made is None:
-            return ()
-        box = [made]
-        del made
-        return let_go(box, "the vocabulary of structured output")
-
-    def leak(self) -> None:
-        """In a forked child: never free it."""
-        leak(self._kept)
 
 
 class Structure:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbtide.cancellation import CancelToken
-from ebbtide.errors import PipelineDisposedError, UnsupportedModelError
+from ebbtide.errors import UnsupportedModelError
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Lifecycle
-from ebbtide.models.loading import DYNAMIC, Loaded, LoadOptions
+from ebbtide.models.loading import Driver, Loaded, LoadOptions
 from ebbtide.models.tokenizer import Batch
 from ebbtide.runtime import TensorInfo, Waiting
 
@@ -29,21 +29,13 @@ LOGITS: Final[Outputs] = (("logits",),)
 SPANS: Final[Outputs] = (("start_logits",), ("end_logits",))
 
 
-class TextEncoder:
+class TextEncoder(Driver):
     """One encoder model, as one pipeline owns it."""
 
     def __init__(self, loaded: Loaded, outputs: Outputs) -> None:
-        value = loaded.session.value
-        assert value is not None
-        self.name = loaded.name
-        self.config = loaded.config
-        self.tokenizer = loaded.tokenizer
-        self.device = str(value.device)
-        self.dtype = loaded.dtype
-        self._session = loaded.session
-        self._label = loaded.label
-        self._inputs = value.inputs
-        found = [_output(value.outputs, names, self.name) for names in outputs]
+        super().__init__(loaded)
+        self._inputs = self.graph.inputs
+        found = [_output(self.graph.outputs, names, self.name) for names in outputs]
         self._outputs = [one.name for one in found]
         width = found[0].shape[-1] if found[0].shape else None
         self._width = width if isinstance(width, int) else None
@@ -104,11 +96,6 @@ class TextEncoder:
         return labels
 
     @property
-    def shares_scales(self) -> bool:
-        """Whether what runs in one batch shares a scale, so that a result depends on its batch."""
-        return self.dtype in DYNAMIC
-
-    @property
     def lanes(self) -> int:
         """How many batches at once, each with ``in_lane``, are faster than one after another."""
         session = self._session.value
@@ -128,9 +115,7 @@ class TextEncoder:
             PipelineCancelledError: The token was cancelled.
             RunError: The graph could not be run.
         """
-        session = self._session.value
-        if session is None:
-            raise PipelineDisposedError(f"{self._label} was disposed.", pipeline=self._label)
+        session = self.graph
         feeds = {one.name: _feed(one, batch) for one in self._inputs}
         run = session.run_in_lane if in_lane else session.run
         return run(feeds, self._outputs, token)

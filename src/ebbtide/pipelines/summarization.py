@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ebbtide.pipelines.text2text_generation import Text2TextGenerationPipeline
+from ebbtide.pipelines.text2text_generation import Own, Text2TextGenerationPipeline
 
 
 class SummarizationPipeline(Text2TextGenerationPipeline):
@@ -22,20 +22,8 @@ class SummarizationPipeline(Text2TextGenerationPipeline):
     task: ClassVar[str] = "summarization"
     key: ClassVar[str] = "summary_text"
 
-    def _understood(
-        self,
-        inputs: object,
-        skip_special_tokens: bool,
-        details: bool,
-        logprobs: bool,
-        batch_size: int | None,
-        options: dict[str, Any],
-    ) -> Any:
-        defaults, prefix = of_task(self._model.config.raw, self.task, self._defaults)
-        return self._settled(
-            inputs, skip_special_tokens, details, logprobs, batch_size, options,
-            defaults=defaults, prefix=prefix, language=None,
-        )  # fmt: skip
+    def _own(self, options: dict[str, Any]) -> Own:
+        return Own(*of_task(self._model.config.raw, self.task, self._defaults))
 
 
 def of_task(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,20 @@ class Source:
     """
 
     text: str
+    language: int | None = None
+
+
+class Own(NamedTuple):
+    """What one task has of its own.
+
+    Attributes:
+        defaults: Its options where the caller says nothing.
+        prefix: What the model wants before each text.
+        language: The id of the token of the texts' language, where one was named.
+    """
+
+    defaults: Mapping[str, Any]
+    prefix: str = ""
     language: int | None = None
 
 
@@ -183,34 +197,20 @@ class Text2TextGenerationPipeline(GeneratingPipeline[Source]):
         batch_size: int | None,
         options: dict[str, Any],
     ) -> Understood[Source]:
-        return self._settled(
-            inputs, skip_special_tokens, details, logprobs, batch_size, options,
-            defaults=self._defaults, prefix="", language=None,
-        )  # fmt: skip
-
-    def _settled(
-        self,
-        inputs: object,
-        skip_special_tokens: bool,
-        details: bool,
-        logprobs: bool,
-        batch_size: int | None,
-        options: Mapping[str, Any],
-        *,
-        defaults: Mapping[str, Any],
-        prefix: str,
-        language: int | None,
-    ) -> Understood[Source]:
-        """One call, with what the task has of its own: defaults, a text before each, a language."""
+        own = self._own(options)
         texts, alone = given.texts(inputs)
-        config = config_of(defaults, self.tokenizer.pad_id, options)
+        config = config_of(own.defaults, self.tokenizer.pad_id, options)
         return Understood(
-            [Source(prefix + text, language) for text in texts],
+            [Source(own.prefix + text, own.language) for text in texts],
             alone,
             Asked(config, logprobs, 0),
             Shown(special=not skip_special_tokens, details=details),
             whole("batch_size", batch_size, 1) or self._rows_together,
         )
+
+    def _own(self, options: dict[str, Any]) -> Own:
+        """What the task has of its own; takes the options of this task alone out."""
+        return Own(self._defaults)
 
     def _ids(self, prompt: Source) -> list[int]:
         ids: list[int] = self.tokenizer.ids(prompt.text)

@@ -257,13 +257,10 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         return self._stream_of(
             self._understood(
                 inputs,
-                return_full_text=True,
                 add_special_tokens=add_special_tokens,
                 skip_special_tokens=skip_special_tokens,
-                details=False,
                 logprobs=logprobs,
                 lookup=prompt_lookup_num_tokens,
-                batch_size=None,
                 options=options,
             )
         )
@@ -281,13 +278,10 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         """The same as `stream` on an event loop."""
         understood = self._understood(
             inputs,
-            return_full_text=True,
             add_special_tokens=add_special_tokens,
             skip_special_tokens=skip_special_tokens,
-            details=False,
             logprobs=logprobs,
             lookup=prompt_lookup_num_tokens,
-            batch_size=None,
             options=options,
         )
         return self._astream_of(understood)
@@ -296,14 +290,14 @@ class TextGenerationPipeline(GeneratingPipeline[_Prompt]):
         self,
         inputs: object,
         *,
-        return_full_text: bool,
         add_special_tokens: bool,
         skip_special_tokens: bool,
-        details: bool,
         logprobs: bool,
         lookup: int | None,
-        batch_size: int | None,
         options: dict[str, Any],
+        return_full_text: bool = True,
+        details: bool = False,
+        batch_size: int | None = None,
     ) -> Understood[_Prompt]:
         of_chats: dict[str, Any] = {
             name: options.pop(name) for name in _OF_CHATS if name in options

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ebbtide.errors import InputError
 from ebbtide.pipelines.summarization import of_task
-from ebbtide.pipelines.text2text_generation import Text2TextGenerationPipeline
+from ebbtide.pipelines.text2text_generation import Own, Text2TextGenerationPipeline
 
 
 class TranslationPipeline(Text2TextGenerationPipeline):
@@ -28,16 +28,7 @@ class TranslationPipeline(Text2TextGenerationPipeline):
     task: ClassVar[str] = "translation"
     key: ClassVar[str] = "translation_text"
 
-    def _understood(
-        self,
-        inputs: object,
-        skip_special_tokens: bool,
-        details: bool,
-        logprobs: bool,
-        batch_size: int | None,
-        options: dict[str, Any],
-    ) -> Any:
-        options = dict(options)
+    def _own(self, options: dict[str, Any]) -> Own:
         source, target = options.pop("src_lang", None), options.pop("tgt_lang", None)
         tasks = self._model.config.raw.get("task_specific_params")
         known = [
@@ -52,11 +43,7 @@ class TranslationPipeline(Text2TextGenerationPipeline):
                 options["forced_bos_token_id"] = self._seq2seq.language(target)
             if source is not None:
                 language = self._seq2seq.language(source)
-        defaults, prefix = of_task(self._model.config.raw, task, self._defaults)
-        return self._settled(
-            inputs, skip_special_tokens, details, logprobs, batch_size, options,
-            defaults=defaults, prefix=prefix, language=language,
-        )  # fmt: skip
+        return Own(*of_task(self._model.config.raw, task, self._defaults), language)
 
 
 def _among(known: list[str], source: object, target: object) -> str:

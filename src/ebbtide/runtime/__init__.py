@@ -3,7 +3,7 @@
 Only this room imports onnxruntime.
 """
 
-from ebbtide.runtime.carry import POSITIONS, Carried, Carry, InPlace, Passed
+from ebbtide.runtime.carry import POSITIONS, Carried, Carry, InPlace, Passed, size_in
 from ebbtide.runtime.graph import GraphSession, Runs, Waiting, acquire, start
 from ebbtide.runtime.library import providers, version
 from ebbtide.runtime.session import (
@@ -34,6 +34,7 @@ __all__ = [
     "native_threads",
     "open_session",
     "providers",
+    "size_in",
     "start",
     "version",
 ]

@@ -189,12 +189,11 @@ class InPlace(Carry):
         self._given: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
         self._filled = 0
         self._room = 0
-        self._size = 0
 
     @property
     def size(self) -> int:
         """Bytes that are held."""
-        return self._size
+        return sum(one.nbytes for one in self._arrays.values())
 
     def reserve(self, places: int) -> None:
         """Have room for so many places."""
@@ -220,7 +219,6 @@ class InPlace(Carry):
                 new[kept] = old[kept][rows]
             self._arrays[one.input] = new
         self._room, self._rows = room, len(rows)
-        self._size = sum(one.nbytes for one in self._arrays.values())
 
     def join(self, rows: Sequence[Carry]) -> None:
         """Go on with what these carry, each a row, and give them up."""
@@ -235,7 +233,6 @@ class InPlace(Carry):
                 whole[row : row + 1][one.first(part._filled)] = array[one.first(part._filled)]
             self._arrays[one.input] = whole
         self._rows = len(parts)
-        self._size = sum(one.nbytes for one in self._arrays.values())
 
     def run(
         self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str], token: CancelToken
@@ -267,7 +264,17 @@ class InPlace(Carry):
         """Give it back."""
         self.pause()
         self._arrays.clear()
-        self._size = 0
+
+
+def size_in(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first positive whole number of these names in a model's config, or in its text_config."""
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, Mapping) else {}):
+        for name in names:
+            value = source.get(name)
+            if type(value) is int and value > 0:
+                return value
+    return None
 
 
 def _no_places(name: str, model: str) -> UnsupportedModelError:

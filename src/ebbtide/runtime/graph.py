@@ -36,7 +36,7 @@ from ebbtide.runtime.session import (
     open_session,
     threads_of,
 )
-from ebbtide.runtime.store import DATA, Held, cpu_features
+from ebbtide.runtime.store import Held, cpu_features
 from ebbtide.runtime.threads import native_threads
 
 _IN_PLACE: Final = b"GroupQueryAttention"
@@ -162,9 +162,7 @@ class GraphSession(Native):
     def mapped(self) -> int:
         """Bytes of the file that is mapped: clean pages, shared by all processes that map it."""
         use = self._use
-        if use is None or use.held is None:
-            return 0
-        return use.held.manifest.files.get(DATA, (0, ""))[0]
+        return use.held.manifest.mapped if use is not None and use.held is not None else 0
 
     @property
     def measured(self) -> int | None:
@@ -228,12 +226,7 @@ class GraphSession(Native):
             return None
         here = prepare.store()
         with contextlib.suppress(OSError):
-            found = here.key(
-                self.path,
-                onnxruntime=version(),
-                options=prepare.shape_of(self.options),
-                compute=False,
-            )
+            found = prepare.key_of(here, self.path, self.options, compute=False)
             if found is not None:
                 return here.hold(found[0], version())
         return None
@@ -279,13 +272,15 @@ class GraphSession(Native):
         return use.known_as
 
     def _admitted(
-        self, use: _Use, feeds: Mapping[str, NDArray[Any]], token: CancelToken
+        self, use: _Use, feeds: Mapping[str, NDArray[Any]], token: CancelToken, copy: bool = False
     ) -> contextlib.AbstractContextManager[None]:
         """Let a run in as memory allows; at once where nothing limits it."""
         if workspace.limit is None or self.device.name != "cpu":
             return _LET_IN
         rows, new, length = shape_of(feeds)
-        return workspace.admitted(self.known_as(use), rows * new, max(new, length), token)
+        longest = max(new, length)
+        tokens = rows * (longest if copy else new)  # what was carried comes out as a copy
+        return workspace.admitted(self.known_as(use), tokens, longest, token)
 
     def begin(self, token: CancelToken) -> Runs:
         """Begin a sequence of runs, each of which takes what the one before gave.
@@ -404,12 +399,8 @@ class Runs:
         token: CancelToken,
     ) -> list[Any]:
         """See `OnnxSession.run_values`."""
-        graph, use = self._graph, self._use
-        if workspace.limit is None or graph.device.name != "cpu":
-            return use.session.run_values(feeds, values, outputs, token)
-        rows, new, length = shape_of(feeds)
-        tokens = rows * max(new, length)  # what was carried comes out as a copy
-        with workspace.admitted(graph.known_as(use), tokens, max(new, length), token):
+        use = self._use
+        with self._graph._admitted(use, feeds, token, copy=True):
             return use.session.run_values(feeds, values, outputs, token)
 
     def bind(self, shared: Mapping[str, tuple[str, NDArray[Any]]], outputs: Sequence[str]) -> Bound:
@@ -502,9 +493,7 @@ def _prepare_first(
     """Have a prepared copy before the load, if that can be."""
     here = prepare.store()
     try:
-        found = here.key(
-            path, onnxruntime=version(), options=prepare.shape_of(options), compute=True
-        )
+        found = prepare.key_of(here, path, options, compute=True)
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror}.", path=str(path)) from None
     if found is None or here.refusal(found[0]) is not None:

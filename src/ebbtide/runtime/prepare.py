@@ -36,6 +36,7 @@ from ebbtide.runtime import store as stores
 from ebbtide.runtime.store import Manifest, Store
 
 if TYPE_CHECKING:
+    from ebbtide.runtime.identity import Content
     from ebbtide.runtime.session import SessionOptions
 
 log = logging.getLogger("ebbtide.runtime")
@@ -74,6 +75,16 @@ def _user_cache() -> Path:
 def shape_of(options: SessionOptions) -> str:
     """The options that change the graph, as one text."""
     return json.dumps([options.optimization, sorted(options.entries), options.fuse and _FUSING])
+
+
+def key_of(
+    here: Store, graph: Path, options: SessionOptions, *, compute: bool
+) -> tuple[str, tuple[Content, ...]] | None:
+    """The name of a graph's copy for this process, and the content it stands for: `Store.key`."""
+    from ebbtide.runtime import library
+
+    version = library.version()
+    return here.key(graph, onnxruntime=version, options=shape_of(options), compute=compute)
 
 
 def cannot(size: int, *, asked: bool = False) -> str | None:
@@ -183,7 +194,7 @@ def copy_of(
         raise _no_copy(graph, f"it runs on {chosen}, and only what runs on cpu is prepared")
     here, version = store(), library.version()
     try:
-        found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=True)
+        found = key_of(here, graph, options, compute=True)
     except OSError as error:
         raise LoadError(f"{graph} cannot be read: {error.strerror}.", path=str(graph)) from None
     if found is None:
@@ -281,7 +292,7 @@ def known_copy(graph: Path, options: SessionOptions) -> Manifest | None:
 
     here, version = store(), library.version()
     with contextlib.suppress(OSError):
-        found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=False)
+        found = key_of(here, graph, options, compute=False)
         return _whole(here, found[0], version) if found is not None else None
     return None
 
@@ -290,11 +301,7 @@ _Wish = tuple[Path, "SessionOptions", int, Callable[[], object]]
 
 
 def _is_there(graph: Path, options: SessionOptions) -> bool:
-    from ebbtide.runtime import library
-
-    found = store().key(
-        graph, onnxruntime=library.version(), options=shape_of(options), compute=True
-    )
+    found = key_of(store(), graph, options, compute=True)
     return found is not None and store().has(found[0])
 
 
@@ -471,7 +478,7 @@ def _make(graph: Path, here: Store, given: dict[str, Any], limit: int) -> dict[s
 
     options = _options(given)
     version = library.version()
-    found = here.key(graph, onnxruntime=version, options=shape_of(options), compute=True)
+    found = key_of(here, graph, options, compute=True)
     if found is None:
         return {"error": "it names data outside its own folder"}
     key, source = found

@@ -17,7 +17,7 @@ from ebbtide.memory.allocator import allocator
 from ebbtide.memory.probe import anonymous_bytes
 from ebbtide.runtime import devices
 from ebbtide.runtime.attention import FOLDER, PAST, NotFusedError
-from ebbtide.runtime.carry import POSITIONS
+from ebbtide.runtime.carry import POSITIONS, size_in
 from ebbtide.runtime.fuse import fuse
 from ebbtide.runtime.identity import mentions
 from ebbtide.runtime.session import (
@@ -184,12 +184,9 @@ def _positions(graph: Path) -> int | None:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(raw, dict):
-            text = raw.get("text_config")
-            for config in (raw, text if isinstance(text, dict) else {}):
-                for name in POSITIONS:
-                    if type(config.get(name)) is int and config[name] > 0:
-                        return int(config[name])
+        found = size_in(raw, *POSITIONS) if isinstance(raw, dict) else None
+        if found is not None:
+            return found
     return None
 
 

@@ -340,7 +340,6 @@ class OnnxSession:
         self._native: Any = native
         self._path = path
         self._run_options = onnxruntime().RunOptions
-        self._memory = onnxruntime().OrtDevice.make("cpu", 0)._get_c_device()
         self.device = device
         self.inputs = tuple(_describe(one) for one in native.get_inputs())
         self.outputs = tuple(_describe(one) for one in native.get_outputs())
@@ -435,7 +434,7 @@ class Bound:
         self._arrays = [array for _, array in shared.values()]  # which are read where they lie
         self._binding: Any = session._native.io_binding()._iobinding
         for name in outputs:
-            self._binding.bind_output(name, session._memory)
+            self._binding.bind_output(name, _memory())
         for name, (output, array) in shared.items():
             value = value_of(array)
             self._binding.bind_ortvalue_input(name, value)
@@ -460,7 +459,7 @@ class Bound:
         for name, given in zip(self._outputs, into or (), strict=False):
             binding.bind_ortvalue_output(name, value_of(given))
         for name in self._outputs if into is None else ():
-            binding.bind_output(name, session._memory)
+            binding.bind_output(name, _memory())
 
         def run(options: Any) -> list[Array]:
             session._native._sess.run_with_iobinding(binding, options)
@@ -481,17 +480,20 @@ class Bound:
 
 def value_of(array: Array) -> Any:
     """An array as a value of the runtime, which reads it where it lies: it has to stay there."""
-    make, memory = _values()
-    return make(array, memory)
+    return _values().ortvalue_from_numpy(array, _memory())
 
 
 @functools.cache
-def _values() -> tuple[Callable[[Array, Any], Any], Any]:
+def _values() -> Any:
     import numpy as np
 
-    library = onnxruntime()
-    value = type(library.OrtValue.ortvalue_from_numpy(np.zeros(1))._ortvalue)  # it has no name
-    return value.ortvalue_from_numpy, library.OrtDevice.make("cpu", 0)._get_c_device()
+    return type(onnxruntime().OrtValue.ortvalue_from_numpy(np.zeros(1))._ortvalue)  # it has no name
+
+
+@functools.cache
+def _memory() -> Any:
+    """Where arrays lie, in the runtime's words."""
+    return onnxruntime().OrtDevice.make("cpu", 0)._get_c_device()
 
 
 def _describe(node: Any) -> TensorInfo:
