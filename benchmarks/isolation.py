@@ -6,8 +6,10 @@
 MODEL is a folder or an installed model. The questions:
 
 - overhead: one short text to a vector, by the pipeline in process and by the same isolated. The
-  two sides are two processes that take turns in small blocks, of which the first call is not
+  two sides are two processes that take turns in small blocks, of which the first calls are not
   counted; a round gives the difference of the blocks' medians. An echo is a call that does nothing.
+  ONNX Runtime's threads spin for 50 ms after a run, on a core that the other side would lack: so a
+  side begins when those of the other are quiet.
 - arrays: 64 MB of numbers there and back, and then the first reading of a number of each page.
 - starts: from the call of `pipeline` to a pipeline that has answered, and `dispose`, for a new
   Python and for a fork server that is there already; in process beside them.
@@ -45,6 +47,8 @@ SIDES = ("here", "there")
 BOUNDS = {"overhead_ms": 0.4, "gigabytes_a_second": 1.5, "end_ms": 500.0, "drift_mb": 1.0}
 BOUNDS |= {"replica_mb": 25.0, "two_replicas": 1.0}
 CALLERS = 4
+SPINNING = 0.06
+FIRST = 3
 NO_MODEL = """
 import tokenizers
 from ebbtide.memory.probe import anonymous_bytes
@@ -106,13 +110,14 @@ class Side:
         )
 
     def block(self, what: str, count: int) -> float:
-        """The median of some calls, without the first, which follows the other side's."""
+        """The median of some calls, without the first few, which follow the other side's."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{what} {count + 1}\n")
+        time.sleep(SPINNING)
+        self.process.stdin.write(f"{what} {count + FIRST}\n")
         self.process.stdin.flush()
         times: list[float] = json.loads(self.process.stdout.readline())
-        return statistics.median(times[1:])
+        return statistics.median(times[FIRST:])
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -131,7 +136,7 @@ def overhead(options: argparse.Namespace) -> dict[str, float]:
         for name in order:
             what = "echo" if name == "echo" else "answer"
             side = sides["here" if name == "here" else "there"]
-            blocks[name].append(side.block(what, 4))
+            blocks[name].append(side.block(what, 9))
     for side in sides.values():
         side.end()
     more = [there - here for here, there in zip(blocks["here"], blocks["there"], strict=True)]
