@@ -26,7 +26,7 @@ from ebbtide.workers import teller
 from ebbtide.workers.calls import Call
 from ebbtide.workers.messages import call_packet
 from ebbtide.workers.plan import Plan
-from ebbtide.workers.worker import Worker
+from ebbtide.workers.worker import Outside, Worker
 
 _OF_EACH: Final = frozenset({"wake", "sleep"})
 """Calls that each process gets, and that none passes on."""
@@ -66,7 +66,7 @@ class _Replica(Worker):
     rests_until = 0.0
 
 
-class Replicas:
+class Replicas(Outside):
     """The processes of one pipeline, in place of a `Worker`.
 
     Args:
@@ -75,8 +75,6 @@ class Replicas:
     """
 
     kind: Final = "worker processes"
-    charge: Final = 0
-    """What their end gives back of this process's memory: nothing."""
 
     def __init__(self, plan: Plan, state: Callable[[State], object]) -> None:
         self.plan = plan
@@ -293,17 +291,6 @@ class Replicas:
         once = dataclasses.replace(here, reasons=())
         found = [one(once if place else here) for place, one in enumerate(receipts)]
         return _sum(found, [reason for one in found for reason in one.reasons]) if found else here
-
-    def shared_with(self) -> int:
-        """Nobody else has these processes."""
-        return 0
-
-    def sleep(self) -> Sequence[Remains]:
-        """The processes sleep by themselves when they are asked."""
-        return ()
-
-    def wake(self, token: CancelToken) -> None:
-        """The processes wake by themselves at a call."""
 
     def leak(self) -> None:
         """After a fork, in the child: let go of what would hide the parent's end from them."""

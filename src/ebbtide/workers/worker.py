@@ -31,12 +31,28 @@ _LONGEST_END: Final = 20.0
 """Seconds that an end takes at most, by signals and all."""
 
 
-class Worker(Keeper):
+class Outside:
+    """What a pipeline owns whose memory is other processes'."""
+
+    charge: Final = 0
+    """What its end gives back of this process's memory: nothing."""
+
+    def shared_with(self) -> int:
+        """Nobody else has it."""
+        return 0
+
+    def sleep(self) -> Sequence[Remains]:
+        """A child sleeps by itself when it is asked."""
+        return ()
+
+    def wake(self, token: CancelToken) -> None:
+        """A child wakes by itself at a call."""
+
+
+class Worker(Outside, Keeper):
     """The process of one pipeline, as everybody else sees it; see the module."""
 
     kind: Final = "worker process"
-    charge: Final = 0
-    """What its end gives back of this process's memory: nothing."""
 
     # What users' threads do
 
@@ -149,17 +165,6 @@ class Worker(Keeper):
         """What a disposal gave back, the process's memory too; ``here`` is what was measured."""
         ended = self.ended
         return here if ended is None else receipt_of(ended, here, now=self.was_there)
-
-    def shared_with(self) -> int:
-        """Nobody else has this process."""
-        return 0
-
-    def sleep(self) -> Sequence[Remains]:
-        """The child sleeps by itself when it is asked."""
-        return ()
-
-    def wake(self, token: CancelToken) -> None:
-        """The child wakes by itself at a call."""
 
     def leak(self) -> None:
         """After a fork, in the child: let go of what would hide the parent's end from it."""
