@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,16 @@ print("live", ebbtide.live(), flush=True)
 """
 
 
+def until_it_listens(said: Iterable[str]) -> tuple[str, str]:
+    """What a server has said until it named its address, and that."""
+    lines = ""
+    for line in said:
+        lines += line
+        if found := re.search(r"http://\S+", line):
+            return lines, found[0]
+    pytest.fail(lines)
+
+
 def test_a_file_that_is_changed_under_gradios_reload_keeps_its_pipeline(tmp_path: Path) -> None:
     script, noted = tmp_path / "watched" / "app.py", tmp_path / "receipts"
     script.parent.mkdir()
@@ -208,17 +218,11 @@ def test_a_file_that_is_changed_under_gradios_reload_keeps_its_pipeline(tmp_path
         start_new_session=True,
     )
     assert process.stdout is not None
-    said = ""
     try:
-        for line in process.stdout:
-            said += line
-            if found := re.search(r"http://\S+", line):
-                break
-        else:
-            pytest.fail(said)
+        said, address = until_it_listens(process.stdout)
 
         def answer() -> str:
-            client = Client(found[0], verbose=False)
+            client = Client(address, verbose=False)
             try:
                 return str(client.predict("low water", api_name="/search"))
             finally:
@@ -249,15 +253,9 @@ def test_the_example_runs_and_ends_when_it_is_told_to(number: int) -> None:
         text=True,
     )
     assert process.stdout is not None
-    said = ""
     try:
-        for line in process.stdout:
-            said += line
-            if found := re.search(r"http://\S+", line):
-                break
-        else:
-            pytest.fail(said)
-        client = Client(found[0], verbose=False)
+        said, address = until_it_listens(process.stdout)
+        client = Client(address, verbose=False)
         assert "The tide goes out." in client.predict("low water", api_name="/search")
         client.close()
         process.send_signal(number)

@@ -7,36 +7,16 @@ import logging
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.workers.watched import SOON, call, is_there, until
 
 import ebbtide
 from ebbtide.errors import WorkerCrashedError, WorkerMemoryError
 from ebbtide.workers import keeper
 from ebbtide.workers.limits import Room
-
-SOON = 5.0
-"""Seconds: far more than anything here takes, and far less than for ever."""
-
-
-def until(is_so: Callable[[], object]) -> None:
-    """Wait for something that is about to be so."""
-    gate, deadline = threading.Event(), time.monotonic() + SOON
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
-        gate.wait(0.005)
-
-
-def is_there(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
-def call(pipe: Any, name: str, *arguments: Any) -> Any:
-    return pipe._made(name, arguments, {}).wait()
 
 
 @pytest.mark.parametrize("start", ["spawn", "fork-server"])

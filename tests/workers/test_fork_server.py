@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.workers.watched import until
 
 import ebbtide
 from ebbtide.errors import WorkerCrashedError
@@ -26,13 +25,6 @@ def _no_server_is_left() -> Iterator[None]:
     yield
     fork_server.stop()
     until(lambda: fork_server.pid is None)
-
-
-def until(is_so: Any) -> None:
-    deadline = time.monotonic() + 5.0
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
-        threading.Event().wait(0.005)
 
 
 def load(model: Path, isolate: Any = FORKED) -> Any:

@@ -6,14 +6,14 @@ import asyncio
 import copy
 import os
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.workers.watched import until
 
 import ebbtide
 from ebbtide.pipelines import TASKS, Pipeline
@@ -57,14 +57,6 @@ def _no_pipeline_is_leaked(request: pytest.FixtureRequest) -> Iterator[None]:
     for one in left:
         one.dispose(cancel=True)
     assert not left, f"the test left pipelines: {left}"
-
-
-def until(is_so: Callable[[], object]) -> None:
-    """Wait for something that is about to be so."""
-    deadline = time.monotonic() + 5.0
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
-        threading.Event().wait(0.005)
 
 
 def equal(one: Any, other: Any) -> bool:

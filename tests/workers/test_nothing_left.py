@@ -13,27 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.workers import watched
 
-LOOK = """
-import os, sys, gc, time, threading
-import ebbtide
-from ebbtide.workers.options import IsolateOptions
-
-def children():
-    found = []
-    for one in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{one}/children") as file:
-            found += file.read().split()
-    return found
-
-def look():
-    "What this process has: descriptors, children, threads, names in shared memory."
-    return (
-        len(os.listdir("/proc/self/fd")), children(),
-        sorted({one.name for one in threading.enumerate()} - {"ebbtide-teller"}),
-        os.listdir("/dev/shm"),
-    )
-
+LOOK = (
+    watched.LOOK
+    + """
 def settled(expected):
     "What it has, once threads that are about to end have."
     deadline = time.monotonic() + 5
@@ -41,6 +25,7 @@ def settled(expected):
         threading.Event().wait(0.01)
     return look()
 """
+)
 
 
 def test_cycles_leave_nothing_and_the_parent_does_not_grow(fresh_process: Any) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.workers import watched
+from tests.workers.watched import call, is_there
 
 import ebbtide
 from ebbtide.cancellation import CancelToken
@@ -25,24 +26,7 @@ from ebbtide.workers.options import IsolateOptions
 from ebbtide.workers.plan import Plan
 from ebbtide.workers.replicas import Replicas, share_of_cpus
 
-SOON = 20.0
-"""Seconds: far more than anything here takes, and far less than for ever."""
-
-
-def until(is_so: Callable[[], object]) -> None:
-    """Wait for something that is about to be so."""
-    gate, deadline = threading.Event(), time.monotonic() + SOON
-    while not is_so():
-        assert time.monotonic() < deadline, "it never came to be"
-        gate.wait(0.005)
-
-
-def is_there(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
-def call(pipe: Any, name: str, *arguments: Any) -> Any:
-    return pipe._made(name, arguments, {}).wait()
+until = functools.partial(watched.until, within=20.0)  # several processes start meanwhile
 
 
 def where(pipe: Any) -> str:
@@ -407,26 +391,9 @@ def test_each_replica_that_keeps_memory_is_ended(strange: Any) -> None:
 
 # Nothing is left
 
-LOOK = """
-import gc, os, signal, threading, time
-import ebbtide
-from ebbtide.workers.options import IsolateOptions
-
-def children():
-    found = []
-    for one in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{one}/children") as file:
-            found += file.read().split()
-    return found
-
-def look():
-    "What this process has: descriptors, children, threads, names in shared memory."
-    return (
-        len(os.listdir("/proc/self/fd")), children(),
-        sorted({one.name for one in threading.enumerate()} - {"ebbtide-teller"}),
-        os.listdir("/dev/shm"),
-    )
-
+LOOK = (
+    watched.LOOK
+    + """
 def until(is_so, seconds=20):
     deadline = time.monotonic() + seconds
     while not is_so() and time.monotonic() < deadline:
@@ -437,6 +404,7 @@ def load(**options):
     isolate = IsolateOptions(replicas=2, **options)
     return ebbtide.pipeline("feature-extraction", MODEL, isolate=isolate)
 """
+)
 
 
 def test_a_kill_under_load_fails_what_ran_there_and_all_else_is_answered(
