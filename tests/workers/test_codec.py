@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +20,7 @@ from hypothesis.extra import numpy as arrays
 import ebbtide
 from ebbtide import errors
 from ebbtide.pipelines.generating import Piece
+from ebbtide.workers import channel
 from ebbtide.workers.channel import Channel, ClosedError, Packet
 from ebbtide.workers.codec import BESIDE, BrokenMessageError, decode, encode
 from ebbtide.workers.records import records
@@ -206,6 +210,48 @@ def test_an_error_of_no_known_name_is_none_of_ours() -> None:
         decode(raw, None, records)
 
 
+def added(code: int, data: bytes) -> bytes:
+    """The bytes of a value of a kind that MessagePack itself has not."""
+    raw: bytes = msgpack.packb(msgpack.ExtType(code, data))
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (added(7, msgpack.packb(["Pattern", ["sea"]])), "no fields"),
+        (added(7, msgpack.packb([{"Pattern": 1}, {}])), "no name"),
+        (added(1, msgpack.packb("sea")), "no items"),
+        (added(4, b"\x02|O\x01" + struct.pack("<Q", 0)), "no plain type"),
+        (added(5, b"\x03<f8\x01" + struct.pack("<QQ", 2, 0)), "outside the shared memory"),
+        (added(9, b""), "unknown kind"),
+    ],
+)
+def test_what_only_looks_like_a_value_is_refused_and_named(raw: bytes, words: str) -> None:
+    with pytest.raises(BrokenMessageError, match=words):
+        decode(raw, memoryview(bytearray(8)), records)
+
+
+def test_a_small_array_may_be_written_to() -> None:
+    value = np.arange(3)
+    found = crossed(value)
+    found[0] = 7
+    assert found.tolist() == [7, 1, 2]
+    assert value[0] == 0
+
+
+def test_shared_memory_that_cannot_be_had_is_a_memory_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(file: int, data: object, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    message = encode(np.zeros(BESIDE), records)
+    monkeypatch.setattr(channel.os, "pwrite", full)
+    with pytest.raises(MemoryError, match="No room for 262144 bytes of shared memory"):
+        Packet(message)
+
+
 def test_a_closed_end_is_told_to_the_other() -> None:
     here, end = Channel.pair()
     end.close()
@@ -232,7 +278,6 @@ def test_a_memory_file_that_could_change_is_refused() -> None:
     import array
     import os
     import socket
-    import struct
 
     here, end = Channel.pair()
     file = os.memfd_create("loose")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.workers.watched import until
+from tests.workers.watched import call, until
 
 import ebbtide
 from ebbtide.errors import WorkerCrashedError
@@ -45,6 +45,13 @@ def test_workers_are_forked_from_one_server_and_give_the_same(tiny_bert: Path) -
 def test_what_the_server_has_too_is_not_charged(tiny_bert: Path) -> None:
     with load(tiny_bert) as forked, load(tiny_bert, True) as spawned:
         assert forked.memory.anonymous < spawned.memory.anonymous / 2
+
+
+def test_what_the_first_call_takes_is_charged_with_its_answer(strange: Any) -> None:
+    pipe = strange()
+    before = pipe.memory.anonymous
+    call(pipe, "fill", 40_000_000)
+    assert pipe.memory.anonymous - before >= 40_000_000
 
 
 def test_a_crash_of_a_worker_is_told_with_its_signal(strange: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from ebbtide.workers import codec
 from ebbtide.workers.channel import Packet
-from ebbtide.workers.codec import BrokenMessageError
 from ebbtide.workers.records import records
 
 
@@ -32,13 +31,10 @@ def call_packet(
     return packet("call", number, name, list(arguments), dict(options), tells)
 
 
-def read(text: bytes, beside: memoryview | None) -> list[Any]:
+def read(text: bytes, beside: memoryview | None) -> Any:
     """The kind of a message, and what it takes.
 
     Raises:
         BrokenMessageError: It is no message of ours.
     """
-    found = codec.decode(text, beside, records)
-    if type(found) is not list or not found or type(found[0]) is not str:
-        raise BrokenMessageError("it is no message")
-    return found
+    return codec.decode(text, beside, records)

@@ -108,7 +108,7 @@ class Service:
         except BaseException as error:
             self._say("not loaded", error, self._is_memory(error))
             os._exit(0)
-        self._shared, self._looked = _shared_bytes(), -1.0
+        self._shared = _shared_bytes()
         submit = pipe._submit
 
         def noted(work: Any, given: CancelToken | None = None) -> Job[Any]:
