@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from _thread import LockType, allocate_lock
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ebbtide.errors import PipelineCancelledError
@@ -65,7 +66,29 @@ class OwnThread(threading.local):
     is_native: bool = False
     """Whether it runs native code, and so has an arena to look after."""
     tokens: tuple[CancelToken, ...] = ()
-    """The calls that run on this thread, the outermost first."""
+    """The calls that run on this thread, or that it is just letting in, the outermost first."""
+
+    def may_wait_for(self, calls: Container[CancelToken]) -> bool:
+        """Whether this thread may wait for their end: it is a user's, and not inside one itself."""
+        return not self.is_own and not any(token in calls for token in self.tokens)
+
+    @contextmanager
+    def letting_in(self, token: CancelToken) -> Iterator[None]:
+        """While a call is noted and handed over.
+
+        A signal handler or a finalizer that interrupts this is inside the call: it cannot begin,
+        and so cannot end, before they return. If they raise, nobody waits for it: it is stopped.
+        """
+        outer = self.tokens
+        if not self.is_own:  # there the call runs at once, and says so itself
+            self.tokens = (*outer, token)
+        try:
+            yield
+        except BaseException:
+            token.cancel()
+            raise
+        finally:
+            self.tokens = outer
 
 
 own_thread = OwnThread()

@@ -349,10 +349,10 @@ class Lifecycle:
             call_all(self._finished)
 
     def wait(self) -> DisposalReceipt:
-        """Wait for the disposal's end; on a thread of Ebbtide's own, do not, and say so."""
+        """Wait for the disposal's end; where that would be for oneself, do not, and say so."""
         if self.receipt is None and self.state is State.INHERITED:
             return unfinished(f"{self.label} was inherited through a fork and is left alone")
-        if self.receipt is None and own_thread.is_own:
+        if self.receipt is None and not own_thread.may_wait_for(self.running):
             return unfinished("asked for from inside a running call: completes as the call unwinds")
         if self.receipt is None:
             gate = OneShot()
@@ -456,7 +456,7 @@ class Disposable:
             PipelineDisposedError: It is disposed, or about to be.
         """
         answer = self._lifecycle.request_sleep(timeout=timeout, deep=deep, collect=collect)
-        if own_thread.is_own:
+        if not own_thread.may_wait_for(self._lifecycle.running):
             return unfinished("asked for from inside a call: it sleeps once that has ended")
         gate = OneShot()
         answer.on_given(gate.open)

@@ -17,6 +17,7 @@ import pytest
 
 import ebbtide
 from ebbtide import LoadError, PipelineDisposedError, State
+from ebbtide.cancellation import CancelToken
 from ebbtide.lifecycle import Lifecycle
 from ebbtide.memory import reaper as reaper_module
 from ebbtide.memory.ledger import ledger
@@ -188,6 +189,24 @@ def test_a_call_that_comes_at_the_last_moment_waits_for_the_sleep_and_wakes_it(
     assert ran == [False]
     assert pipe.state is State.READY
     pipe.dispose()
+
+
+def test_a_call_that_comes_as_it_is_sent_to_sleep_is_not_said_to_have_been_cancelled(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ebbtide.pipeline("feature-extraction", tiny_bert) as pipe:
+        life, token = pipe._lifecycle, CancelToken("late")
+        left = reaper_module._left_by_calls
+
+        def let_one_in(*arguments: Any) -> Any:
+            life.enter(token)
+            return left(*arguments)
+
+        monkeypatch.setattr(reaper_module, "_left_by_calls", let_one_in)
+        receipt = pipe.sleep()
+        life.leave(token)
+        monkeypatch.undo()
+        assert receipt.reasons == ("asleep: its tokenizer stays",)
 
 
 def test_it_stays_awake_where_a_call_runs_all_the_time(waiting: Any, call: Any) -> None:

@@ -25,6 +25,14 @@ class Pipe:
     is_doomed: bool = False
     """Whether its disposal was asked for, by whomever."""
 
+    @property
+    def _lifecycle(self) -> Pipe:
+        return self
+
+    @property
+    def takes_calls(self) -> bool:
+        return not self.is_doomed
+
 
 @dataclasses.dataclass(eq=False)
 class Task:

@@ -174,7 +174,7 @@ class Model(World):
         roll = self.random
         keep_alive = roll.choice([0.0, 1.0, 20.0, math.inf, math.inf])
         hold = Hold(slot.site, 0.0, keep_alive)
-        was_open = slot.is_open
+        was_open = slot.is_open and not is_doomed(slot)
         slot.keep_alive = keep_alive
         pipe = slot.enter(hold)
         assert (pipe is not None) == was_open, "who finds it open does not wait"
@@ -201,6 +201,7 @@ class Model(World):
             self.counts[type(ask.error).__name__] += 1
         else:
             assert ask.value is ask.slot.pipe
+            assert not ask.value.is_doomed, "who asks is given one that takes calls"
             assert ask.slot.phase is Phase.READY
             if ask.hold is not None:
                 self.given(ask.slot, ask.hold)
@@ -369,7 +370,7 @@ class Model(World):
             doing = [task.kind for task in under_way if task.slot is slot]
             assert len(doing) <= 1
             assert (slot.phase is Phase.READY) <= (slot.pipe is not None)
-            if slot.phase is Phase.READY and not slot.wishes and not desk.is_closed:
+            if slot.is_to_be_had and not desk.is_closed:
                 assert slot.is_open, f"{slot.key} is ready, and lets nobody in"
             assert slot.is_open <= (slot.phase is Phase.READY)
             idle = slot.is_still and not (slot.holds or slot.is_pinned)

@@ -150,6 +150,14 @@ def slow(task: str, model: str, **options: Any) -> Any:
     signal.pause()
 
 
+def slow_again(task: str, model: str, **options: Any) -> Any:
+    """A pipeline, and a load that never ends the second time."""
+    if os.path.exists(os.environ["MARK"]):
+        signal.pause()
+    with open(os.environ["MARK"], "w"):
+        return pipeline(task, model, **options)
+
+
 def ending(task: str, model: str, **options: Any) -> Any:
     """A pipeline whose disposal never ends."""
     pipe = Strange(ebbtide.pipeline(task, model, **options))

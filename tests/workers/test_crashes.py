@@ -78,7 +78,8 @@ def test_all_calls_that_ran_are_told_and_one_error_is_each_ones_own(strange: Any
         threads = [threading.Thread(target=work, args=("stop",)) for _ in range(2)]
         for one in threads:
             one.start()
-        until(lambda: len(pipe._worker._child.calls) == 2)
+        calls = pipe._worker._child.calls
+        until(lambda: [one.packet for one in list(calls.values())] == [None, None])  # sent
         os.kill(pipe.pid, signal.SIGKILL)
         for one in threads:
             one.join(SOON)

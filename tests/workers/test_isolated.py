@@ -383,6 +383,24 @@ def test_a_dispose_cancels_what_runs(strange: Any, caplog: pytest.LogCaptureFixt
     assert any(one.startswith("there: ") for one in receipt.reasons)
 
 
+def test_a_dispose_that_interrupts_the_handing_over_of_a_call_does_not_wait_for_it(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = ebbtide.pipeline("feature-extraction", tiny_bert, isolate=True)
+    receipts = []
+    submit = pipe._worker.submit
+
+    def interrupted(call: Any) -> None:
+        receipts.append(pipe.dispose(timeout=1000))
+        submit(call)
+
+    monkeypatch.setattr(pipe._worker, "submit", interrupted)
+    with pytest.raises(ebbtide.PipelineCancelledError):
+        pipe("the sea")
+    assert "unwinds" in str(receipts[0])
+    assert pipe.dispose().verified
+
+
 def test_it_is_disposed_with_all_others_and_where_it_is_forgotten() -> None:
     import gc
 

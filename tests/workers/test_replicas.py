@@ -337,6 +337,18 @@ def test_a_load_that_fails_is_told_once_and_starts_no_other(tmp_path: Path) -> N
         )
 
 
+def test_a_replica_that_still_loads_is_killed_by_a_dispose_and_the_receipt_says_so(
+    strange: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    pipe = strange("slow_again", replicas=2)
+    until(lambda: all(one._own for one in pipe._worker.workers))
+    receipt = pipe.dispose()
+    assert receipt.verified
+    assert "its pipeline was still being loaded" in receipt.reasons
+    assert not [one for one in receipt.reasons if "in time" in one]
+
+
 # Memory that stays
 
 

@@ -102,7 +102,7 @@ class Desk:
             return
         if self.is_closed:
             ask.settle(error=closed())
-        elif len(self.waiting) >= self.most_waiting and not _is_to_be_had(ask.slot):
+        elif len(self.waiting) >= self.most_waiting and not ask.slot.is_to_be_had:
             ask.settle(
                 error=ManagerBusyError(
                     f"{len(self.waiting)} wait for pipelines already, which is the most that this"
@@ -366,7 +366,7 @@ class Desk:
             slot = ask.slot
             if ask.is_settled:
                 continue
-            if _is_to_be_had(slot):
+            if slot.is_to_be_had:
                 self._give(ask)
             elif slot.is_sizing or slot.wishes or slot.phase not in (Phase.EMPTY, Phase.ASLEEP):
                 continue
@@ -470,7 +470,7 @@ class Desk:
 
     def _open(self, slot: Slot) -> None:
         """Let users in, if it is ready and nobody wants it gone."""
-        slot.is_open = _is_to_be_had(slot) and not self.is_closed
+        slot.is_open = slot.is_to_be_had and not self.is_closed
 
     # What goes
 
@@ -521,11 +521,6 @@ class Desk:
                 self._sleep(slot)
             else:
                 self._grant(slot, None, "sleep")
-
-
-def _is_to_be_had(slot: Slot) -> bool:
-    """Whether who asks for it gets it at once."""
-    return slot.phase is Phase.READY and not slot.wishes
 
 
 def closed() -> ManagerClosedError:

@@ -181,12 +181,17 @@ class Slot:
         busy = self.is_pinned or self.is_sizing or self.holds or self.wishes
         return self.phase is Phase.EMPTY and not busy
 
+    @property
+    def is_to_be_had(self) -> bool:
+        """Whether who asks for it gets it at once; a user may have disposed it meanwhile."""
+        return self.phase is Phase.READY and not self.wishes and self.pipe._lifecycle.takes_calls
+
     def enter(self, hold: Hold) -> Any:
         """The pipeline where it is ready; None where the desk is to be asked. On any thread."""
         self.holds[hold] = None
         if self.is_open:
             pipe = self.pipe
-            if pipe is not None:  # else it was disposed in this moment
+            if pipe is not None and pipe._lifecycle.takes_calls:  # else somebody disposed it
                 return pipe
         self.holds.pop(hold, None)
         return None

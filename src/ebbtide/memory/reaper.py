@@ -349,7 +349,7 @@ def _release(life: Lifecycle, working: int, *, deep: bool | None = None) -> _Rel
         resources = tuple(one for one in resources if deep or one.kind != "tokenizer")
     charged = working + life.cached + sum(one.charge for one in resources)
     result = _Released(charged, [], [], [])
-    if life.running:
+    if life.running and deep is None:  # one that comes to a sleeper waits for its turn
         result.reasons.append(
             f"{len(life.running)} cancelled calls had not ended after {GRACE:.0f} s;"
             " what they hold is freed as they do"

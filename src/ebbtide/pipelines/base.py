@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ebbtide.cancellation import CancelToken, patiently
+from ebbtide.cancellation import CancelToken, own_thread, patiently
 from ebbtide.errors import unknown_option
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Disposable, Lifecycle
@@ -362,12 +362,13 @@ class Pipeline(Disposable):
         def leave() -> None:
             lifecycle.leave(token)
 
-        try:
-            lifecycle.enter(token)
-            return native_threads.submit(lambda: _charged(work, token, lifecycle), token, leave)
-        except BaseException:
-            leave()
-            raise
+        with own_thread.letting_in(token):
+            try:
+                lifecycle.enter(token)
+                return native_threads.submit(lambda: _charged(work, token, lifecycle), token, leave)
+            except BaseException:
+                leave()
+                raise
 
     def _unknown(self, options: dict[str, Any], known: tuple[str, ...]) -> None:
         for option in options:

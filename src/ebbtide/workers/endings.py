@@ -152,10 +152,10 @@ def receipt_of(ended: Ended, receipt: DisposalReceipt, *, now: bool) -> Disposal
     reasons = [f"its process (pid {ended.pid}) {ended.how}, {went}"]
     if own is not None:
         reasons.append(f"there: {own}")
-    elif ended.killed:
-        reasons.append(f"it did not end in time, and was sent {ended.killed}")
     elif ended.trouble:
         reasons.append(ended.trouble)
+    elif ended.killed:
+        reasons.append(f"it did not end in time, and was sent {ended.killed}")
     elif now:
         reasons.append("it sent no receipt")
     reasons += () if receipt.verified else receipt.reasons

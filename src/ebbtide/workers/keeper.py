@@ -280,9 +280,15 @@ class Keeper:
         self._child = None
         child.ending = True
         patience = IMPATIENCE if child.calls else PATIENCE
-        if not child.ready or not child.say("dispose"):
-            child.signal(signal.SIGKILL)
+        if not child.ready:
+            self._kill(child, "its pipeline was still being loaded")
+        elif not child.say("dispose"):
+            self._kill(child, "it did not read what it was sent")
         self._deadline = time.monotonic() + patience
+
+    def _kill(self, child: Child, trouble: str) -> None:
+        self._trouble = trouble
+        child.signal(signal.SIGKILL)
 
     def _look_at_deadline(self) -> None:
         child = self._own
@@ -315,9 +321,8 @@ class Keeper:
         except ClosedError:
             self._close_ears(child)
         except (BrokenMessageError, LookupError, TypeError, ValueError) as error:
-            self._trouble = f"it said what is no message of ours ({error})"
             self._close_ears(child)
-            child.signal(signal.SIGKILL)
+            self._kill(child, f"it said what is no message of ours ({error})")
         return child.is_heard
 
     def _close_ears(self, child: Child) -> None:
