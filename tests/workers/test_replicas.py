@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import signal
 import threading
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.workers import watched
-from tests.workers.watched import call, is_there
+from tests.workers.watched import call, is_there, until
 
 import ebbtide
 from ebbtide.cancellation import CancelToken
@@ -25,8 +24,6 @@ from ebbtide.workers.calls import Call
 from ebbtide.workers.options import IsolateOptions
 from ebbtide.workers.plan import Plan
 from ebbtide.workers.replicas import Replicas, share_of_cpus
-
-until = functools.partial(watched.until, within=20.0)  # several processes start meanwhile
 
 
 def where(pipe: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SOON = 5.0
+SOON = 20.0
 """Seconds: far more than what is about to be so takes, and far less than for ever."""
 
 LOOK = """

@@ -27,9 +27,9 @@ class WorkerLifecycle(Lifecycle):
     __slots__ = ("worker",)
 
     def __init__(self, plan: Plan, disposer: Disposer, site: tuple[str, int]) -> None:
-        super().__init__(plan.label, disposer, site)
         kind = Worker if plan.isolate.replicas == 1 else Replicas
         self.worker: Worker | Replicas | None = kind(plan, self._is_now)
+        super().__init__(plan.label, disposer, site)
         self.resources.append(self.worker)
 
     def _is_now(self, state: State) -> None:

@@ -56,6 +56,7 @@ class Child:
 
     def __init__(self, channel: Channel, printed: int, pid: int, pidfd: int) -> None:
         self.channel = channel
+        socket_of(channel).setblocking(False)  # gevent's sockets wait whatever a message says
         self.printed = printed
         self.pid = pid
         self.pidfd = pidfd
