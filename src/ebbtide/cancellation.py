@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from _thread import LockType, allocate_lock
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from ebbtide.errors import PipelineCancelledError
+from ebbtide.errors import LoadError, PipelineCancelledError
 
 if TYPE_CHECKING:
     import asyncio
@@ -92,6 +93,35 @@ class OwnThread(threading.local):
 
 
 own_thread = OwnThread()
+
+
+_OF_THREADS: Final = ("threading", "queue", "select", "subprocess")
+"""What gevent replaces, and what has to be of one kind."""
+
+_is_green: Final = threading.get_ident.__module__ != "_thread"
+"""Whether greenlets stood for threads already when this was imported."""
+
+
+def check_threads() -> None:
+    """Raise where greenlets stand for some of what this process's threads are made of.
+
+    Raises:
+        LoadError: A thread would wait for ever.
+    """
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    if eventlet is not None and eventlet.is_monkey_patched("thread"):
+        raise LoadError(
+            "eventlet has replaced this process's threads, and no pipeline can run on its own. Use"
+            " real ones: gunicorn's gthread workers, Celery's threads pool.",
+            path="",
+        )
+    if gevent is not None and {gevent.is_module_patched(one) for one in _OF_THREADS} != {_is_green}:
+        raise LoadError(
+            "gevent has replaced some of what this process's threads are made of, or all of it but"
+            " only once Ebbtide was imported. Call gevent.monkey.patch_all(), with no options,"
+            " before anything else is imported: for gunicorn, at the top of gunicorn.conf.py.",
+            path="",
+        )
 
 
 class EbbtideThread(threading.Thread):

@@ -106,7 +106,7 @@ def test_a_child_that_is_recycled_disposes_what_it_has(folder: Path, ask: Any) -
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("pool", ["solo", "threads"])
+@pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
 def test_a_pool_without_children_disposes_what_it_has(
     folder: Path, ask: Any, pool: str, how: signal.Signals
 ) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -132,3 +133,37 @@ def test_the_arbiter_disposes_nothing_for_a_worker_that_has_gone() -> None:
     with ebbtide.pipeline("feature-extraction", MODEL) as pipe:
         worker_exit(SimpleNamespace(), SimpleNamespace(pid=1))
         assert pipe("tide", pooling="mean").shape == (1, 32)
+
+
+def test_a_second_signal_while_a_worker_disposes_what_it_has_does_not_cut_that_short(
+    fresh_process: Any,
+) -> None:
+    out = fresh_process(
+        """
+        import os, signal, threading
+        from types import SimpleNamespace
+        from ebbtide.integrations import gunicorn, worker_end
+        begun, go = threading.Event(), threading.Event()
+        def end():
+            begun.set()
+            go.wait()
+            return ["released"]
+        def leave(number, frame):
+            go.set()
+            raise SystemExit
+        def interrupt():
+            begun.wait()
+            while not go.is_set():  # Python hears no signal that comes just before it blocks
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+                go.wait(0.1)
+        worker_end.end_of_worker = end
+        signal.signal(signal.SIGUSR1, leave)
+        threading.Thread(target=interrupt).start()
+        log = SimpleNamespace(info=lambda *words: print(words[-1]))
+        try:
+            gunicorn.worker_exit(SimpleNamespace(log=log), SimpleNamespace(pid=os.getpid()))
+        except SystemExit:
+            print("left")
+        """
+    )
+    assert out.split() == ["released", "left"]

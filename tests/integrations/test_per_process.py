@@ -16,13 +16,15 @@ from tests.integrations.served import MODEL
 import ebbtide
 from ebbtide.errors import InputError, OptionError
 from ebbtide.integrations import per_process
-from ebbtide.integrations.per_process import ProcessPipelines, end_of_worker, inherited
+from ebbtide.integrations.per_process import ProcessPipelines
+from ebbtide.integrations.worker_end import end_of_worker, inherited
 from ebbtide.manager import PipelineManager
 
 USE = """
 import os, sys
 import ebbtide
-from ebbtide.integrations.per_process import ProcessPipelines, inherited
+from ebbtide.integrations.per_process import ProcessPipelines
+from ebbtide.integrations.worker_end import inherited
 
 def tell(receipts):
     verified = [receipt.verified for receipt in receipts.values()]

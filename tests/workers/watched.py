@@ -14,6 +14,7 @@ SOON = 20.0
 LOOK = """
 import gc, os, signal, sys, threading, time
 import ebbtide
+from ebbtide.memory.reaper import reaper
 from ebbtide.workers.options import IsolateOptions
 
 def children():
@@ -25,11 +26,13 @@ def children():
 
 def look():
     "What this process has: descriptors, children, threads, names in shared memory."
-    return (
+    found = []
+    reaper.call(lambda: found.extend((  # there, for it opens a file to see what is taken
         len(os.listdir("/proc/self/fd")), children(),
         sorted({one.name for one in threading.enumerate()} - {"ebbtide-teller"}),
         os.listdir("/dev/shm"),
-    )
+    )))
+    return tuple(found)
 """
 """For a fresh process: `look` says what it has."""
 

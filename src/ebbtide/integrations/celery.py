@@ -17,15 +17,8 @@ import os
 from typing import Any, Unpack
 
 from ebbtide.errors import MissingExtraError
-from ebbtide.integrations.per_process import (
-    CLOSE_TIMEOUT,
-    ManagerOptions,
-    OnClose,
-    ProcessPipelines,
-    end_of_worker,
-    inherited,
-    log,
-)
+from ebbtide.integrations.per_process import ManagerOptions, OnClose, ProcessPipelines
+from ebbtide.integrations.worker_end import CLOSE_TIMEOUT, end_of_worker, inherited, log
 
 try:
     from celery import signals

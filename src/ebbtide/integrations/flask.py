@@ -21,12 +21,8 @@ from ebbtide.errors import (
     MissingExtraError,
 )
 from ebbtide.factory import Model
-from ebbtide.integrations.per_process import (
-    CLOSE_TIMEOUT,
-    ManagerOptions,
-    OnClose,
-    ProcessPipelines,
-)
+from ebbtide.integrations.per_process import ManagerOptions, OnClose, ProcessPipelines
+from ebbtide.integrations.worker_end import CLOSE_TIMEOUT
 from ebbtide.manager.lease import AcquireOptions, Lease
 
 try:

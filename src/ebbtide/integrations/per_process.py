@@ -6,29 +6,22 @@ fork need nothing else, since a manager has nothing loaded after a fork.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
-from ebbtide import factory, lifecycle
+from ebbtide import factory
 from ebbtide.errors import unknown_option
 from ebbtide.factory import Model
+from ebbtide.integrations.worker_end import CLOSE_TIMEOUT, Receipts, log, used
 from ebbtide.manager.lease import AcquireOptions, Lease
 from ebbtide.manager.manager import PipelineManager
 from ebbtide.manager.policy import Policy
 from ebbtide.manager.values import Bytes, Seconds
 from ebbtide.memory.monitor import PressureEvent
 from ebbtide.process_end import at_end
-from ebbtide.receipts import DisposalReceipt
 
-log = logging.getLogger("ebbtide.integrations")
-
-Receipts = Mapping[str, DisposalReceipt]
 OnClose = Callable[[Receipts], object] | None
-
-CLOSE_TIMEOUT = 10.0
-"""Seconds for which leases are waited for at a process's end; servers kill what takes 30."""
 
 
 class ManagerOptions(TypedDict, total=False):
@@ -63,9 +56,6 @@ def tell(receipts: Receipts, on_close: OnClose) -> None:
 
 _OWN = "manager"
 """The one key of a dict, whose `setdefault` needs no lock."""
-
-_used: dict[ProcessPipelines, None] = {}
-"""Those that this process, or one before its fork, has asked for a pipeline."""
 
 
 class ProcessPipelines:
@@ -122,7 +112,7 @@ class ProcessPipelines:
             if self._made.setdefault(_OWN, mine) is not mine:
                 mine.close()  # another thread was first
         factory.start()  # it registers what disposes the rest, which is to run after `close`
-        _used[self] = None
+        used[self] = None
         at_end(self.close)
         self._process = os.getpid()
 
@@ -147,7 +137,7 @@ class ProcessPipelines:
         Returns:
             The receipts, by the pipelines' keys; none where this process has not used it.
         """
-        if self._process != os.getpid() or _used.pop(self, self) is self:
+        if self._process != os.getpid() or used.pop(self, self) is self:
             return {}
         receipts = self._made[_OWN].close(timeout=self._close_timeout)
         tell(receipts, self._on_close)
@@ -155,7 +145,7 @@ class ProcessPipelines:
 
     async def aclose(self) -> Receipts:
         """The same as `close`, on an event loop."""
-        if self._process != os.getpid() or _used.pop(self, self) is self:
+        if self._process != os.getpid() or used.pop(self, self) is self:
             return {}
         receipts = await self._made[_OWN].aclose(timeout=self._close_timeout)
         tell(receipts, self._on_close)
@@ -167,31 +157,3 @@ class ProcessPipelines:
         if made is not None and made.is_closed:
             self._process = 0
             self._made.pop(_OWN, None)
-
-
-def end_of_worker() -> list[str]:
-    """Close the managers of this process, then dispose what else is left in it.
-
-    Returns:
-        What came back, a line for each pipeline.
-    """
-    lines = []
-    for pipelines in tuple(_used):
-        try:
-            lines += [f"{key}: {receipt}" for key, receipt in pipelines.close().items()]
-        except Exception:
-            log.exception("A manager could not be closed; the others are.")
-    return lines + [str(receipt) for receipt in lifecycle.dispose_all(timeout=CLOSE_TIMEOUT)]
-
-
-def inherited() -> str:
-    """What a forked process has from before its fork and cannot use, in words; empty for none."""
-    made = [
-        f"{life.label} (made at {':'.join(map(str, life.site))})" for life in lifecycle.inherited
-    ]
-    if not made:
-        return ""
-    return (
-        f"Inherited through a fork, and of no use in this process: {', '.join(made)}. Make"
-        " pipelines after the fork: where they are first used, or through a manager."
-    )

@@ -23,13 +23,8 @@ from ebbtide.errors import (
     MissingExtraError,
 )
 from ebbtide.factory import Model
-from ebbtide.integrations.per_process import (
-    CLOSE_TIMEOUT,
-    ManagerOptions,
-    OnClose,
-    checked,
-    tell,
-)
+from ebbtide.integrations.per_process import ManagerOptions, OnClose, checked, tell
+from ebbtide.integrations.worker_end import CLOSE_TIMEOUT
 from ebbtide.manager.lease import AcquireOptions
 from ebbtide.manager.manager import PipelineManager
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ebbtide.cancellation import EbbtideThread, OneShot, own_thread, told
+from ebbtide.cancellation import EbbtideThread, OneShot, check_threads, own_thread, told
 from ebbtide.errors import InputError
 from ebbtide.lifecycle import on_fork
 from ebbtide.manager.accounts import Books
@@ -69,6 +69,7 @@ class Core:
         kept: Path | None,
         on_pressure: Callable[[PressureEvent], object] | None,
     ) -> None:
+        check_threads()
         self.books = books
         self.feed = Feed()
         self.history = History()

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Collection
 
 from ebbtide._settings import settings
-from ebbtide.cancellation import EbbtideThread, OneShot, own_thread
+from ebbtide.cancellation import EbbtideThread, OneShot, check_threads, own_thread
 from ebbtide.errors import DisposalError
 from ebbtide.lifecycle import (
     Lifecycle,
@@ -93,8 +93,13 @@ class Reaper:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Have the thread running; called before anything exists that could be disposed."""
+        """Have the thread running; called before anything exists that could be disposed.
+
+        Raises:
+            LoadError: Greenlets stand for some of this process's threads.
+        """
         if self._thread is None:
+            check_threads()
             thread = EbbtideThread(target=self._run, name="ebbtide-reaper", daemon=True)
             self._thread = thread
             thread.start()
