@@ -105,8 +105,16 @@ def test_a_child_that_is_recycled_disposes_what_it_has(folder: Path, ask: Any) -
         assert all(line["live"] == 0 for line in server.receipts)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("pool", ["solo", "threads", "gevent"])
+@pytest.mark.parametrize(
+    ("pool", "how"),
+    [
+        ("solo", signal.SIGTERM),
+        ("solo", signal.SIGINT),
+        ("threads", signal.SIGTERM),
+        ("gevent", signal.SIGTERM),
+        ("gevent", signal.SIGINT),
+    ],
+)
 def test_a_pool_without_children_disposes_what_it_has(
     folder: Path, ask: Any, pool: str, how: signal.Signals
 ) -> None:

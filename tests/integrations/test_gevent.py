@@ -71,9 +71,7 @@ def test_a_call_in_a_process_of_its_own_lets_other_greenlets_go_on(tmp_path: Pat
     with serve(tmp_path) as server:
         assert server.get("/embed?isolate") == {"width": 32}, server.output
         found: list[Any] = []
-        long = threading.Thread(
-            target=lambda: found.append(server.get("/embed?isolate&texts=2000"))
-        )
+        long = threading.Thread(target=lambda: found.append(server.get("/embed?isolate&texts=800")))
         long.start()
         until(lambda: server.get("/busy")["busy"] == 1, "an answer beside the call")
         long.join()

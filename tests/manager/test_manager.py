@@ -199,11 +199,11 @@ def test_a_forgotten_lease_is_returned_with_a_warning_that_says_where(
 
 
 def test_a_pipeline_that_a_user_disposed_is_loaded_again(manager: PipelineManager) -> None:
-    for _ in range(20):  # at once: the manager may not have heard of it yet
+    for _ in range(8):  # at once: the manager may not have heard of it yet
         with manager.acquire(TASK, BERT) as embed:
             embed.dispose()
     assert use(manager)[-1] == 32
-    assert loads(manager) == 21
+    assert loads(manager) == 9
 
 
 # The budget
