@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from _thread import LockType, allocate_lock
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Final
 
 from ebbtide.errors import LoadError, PipelineCancelledError
@@ -73,26 +72,31 @@ class OwnThread(threading.local):
         """Whether this thread may wait for their end: it is a user's, and not inside one itself."""
         return not self.is_own and not any(token in calls for token in self.tokens)
 
-    @contextmanager
-    def letting_in(self, token: CancelToken) -> Iterator[None]:
-        """While a call is noted and handed over.
-
-        A signal handler or a finalizer that interrupts this is inside the call: it cannot begin,
-        and so cannot end, before they return. If they raise, nobody waits for it: it is stopped.
-        """
-        outer = self.tokens
-        if not self.is_own:  # there the call runs at once, and says so itself
-            self.tokens = (*outer, token)
-        try:
-            yield
-        except BaseException:
-            token.cancel()
-            raise
-        finally:
-            self.tokens = outer
-
 
 own_thread = OwnThread()
+
+
+class LettingIn:
+    """While a call is noted and handed over.
+
+    A signal handler or a finalizer that interrupts this is inside the call: it cannot begin, and so
+    cannot end, before they return. If they raise, nobody waits for it: it is stopped.
+    """
+
+    __slots__ = ("_outer", "_token")
+
+    def __init__(self, token: CancelToken) -> None:
+        self._token = token
+        self._outer = own_thread.tokens
+
+    def __enter__(self) -> None:
+        if not own_thread.is_own:  # there the call runs at once, and says so itself
+            own_thread.tokens = (*self._outer, self._token)
+
+    def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
+        own_thread.tokens = self._outer
+        if kind is not None:
+            self._token.cancel()
 
 
 _OF_THREADS: Final = ("threading", "queue", "select", "subprocess")

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ebbtide.cancellation import CancelToken, own_thread, patiently
+from ebbtide.cancellation import CancelToken, LettingIn, patiently
 from ebbtide.errors import unknown_option
 from ebbtide.hub import ModelFiles
 from ebbtide.lifecycle import Disposable, Lifecycle
@@ -362,7 +362,7 @@ class Pipeline(Disposable):
         def leave() -> None:
             lifecycle.leave(token)
 
-        with own_thread.letting_in(token):
+        with LettingIn(token):
             try:
                 lifecycle.enter(token)
                 return native_threads.submit(lambda: _charged(work, token, lifecycle), token, leave)

@@ -9,7 +9,7 @@ from contextlib import aclosing, closing, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Final
 
-from ebbtide.cancellation import CancelToken, own_thread
+from ebbtide.cancellation import CancelToken, LettingIn
 from ebbtide.errors import InputError, NotTransferableError
 from ebbtide.hub import ProgressEvent
 from ebbtide.lifecycle import Disposer
@@ -151,7 +151,7 @@ class Isolated(Pipeline):
         token = token or CancelToken(lifecycle.label)
         call = Call(name, token, functools.partial(lifecycle.leave, token))
         call.packet = call_packet(call.number, name, arguments, options, tells=tells)
-        with own_thread.letting_in(token):
+        with LettingIn(token):
             try:
                 lifecycle.enter(token)
                 self._worker.submit(call)
