@@ -60,7 +60,7 @@ class CancelToken:
 
 
 class OwnThread(threading.local):
-    """What a thread of Ebbtide's own knows of itself; on a user's thread, nothing."""
+    """What a thread of Ebbtide's own knows of itself; a user's, which calls it is letting in."""
 
     is_own: bool = False
     is_native: bool = False
