@@ -72,8 +72,9 @@ class Strange:
     def leave(self, status: int) -> None:
         os._exit(status)
 
-    def stop(self) -> None:
-        os.kill(os.getpid(), signal.SIGSTOP)
+    def kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()  # this thread may still run for a moment
 
     def block(self) -> None:
         """Native code that holds the interpreter's lock and hears nothing."""
