@@ -432,8 +432,8 @@ def test_a_call_that_finds_no_memory_is_a_memory_error(strange: Any) -> None:
 
 def test_an_idle_process_ends_and_the_next_call_starts_another(strange: Any) -> None:
     with strange(idle=0.05) as pipe:
-        pid = pipe.pid or pipe._worker.ended.pid
-        until(lambda: not is_there(pid))
+        until(lambda: pipe._worker.ended)
+        assert not is_there(pipe._worker.ended.pid)
         until(lambda: pipe.state is ebbtide.State.SLEEPING)
         assert pipe.memory.anonymous == 0
         assert pipe._worker.ended.receipt is not None
